@@ -1,4 +1,4 @@
-"""The token table: look-up, and logits when the output is tied to it."""
+"""Tables of tokens and token types: look-up, and logits when the output is tied to one."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ from t5x_like.layers.parameter import in_use, parameter
 
 
 class TokenEmbedder(nnx.Module):
-    """A table [vocab, embed] in float32, used in `dtype`."""
+    """A table [vocab, embed] in float32, used in `dtype`; `rows` is its first logical axis."""
 
     def __init__(
-        self, vocab_size: int, *, embed_dim: int, init_stddev: float, dtype: jnp.dtype
+        self,
+        vocab_size: int,
+        *,
+        embed_dim: int,
+        init_stddev: float,
+        dtype: jnp.dtype,
+        rows: str = "vocab",
     ) -> None:
         self.dtype = dtype
         self.embedding = parameter(
             (vocab_size, embed_dim),
-            logical_axes=("vocab", "embed"),
+            logical_axes=(rows, "embed"),
             initializer=jax.nn.initializers.normal(init_stddev),
         )
 

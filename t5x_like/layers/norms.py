@@ -1,4 +1,4 @@
-"""RMS norm (T5) and layer norm (GPT-2); statistics in float32."""
+"""RMS norm (T5, Llama, Gemma) and layer norm (GPT-2, BERT); statistics in float32."""
 
 from __future__ import annotations
 
@@ -10,20 +10,30 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from t5x_like.layers.checks import check_choice, check_number
+from t5x_like.layers.checks import check_bools, check_choice, check_number
 from t5x_like.layers.parameter import in_use, parameter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormConfig:
-    """`rms` scales by the root mean square; `layer` also centres and adds a bias."""
+    """Attributes:
+    kind: `rms` scales by the root mean square (Zhang and Sennrich 2019, arXiv:1910.07467);
+      `layer` also takes the mean away (Ba et al. 2016, arXiv:1607.06450).
+    epsilon: added to the variance.
+    use_bias: adds a learned bias.
+    scale_offset: what the learned scale is added to: 0, or Gemma's 1, whose scale starts at 0.
+    """
 
     kind: Literal["rms", "layer"] = "rms"
     epsilon: float = 1e-6
+    use_bias: bool = False
+    scale_offset: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice(self, "kind", ("rms", "layer"))
         check_number(self, "epsilon", low=0.0)
+        check_bools(self, "use_bias")
+        check_number(self, "scale_offset", low=0.0)
 
 
 class Norm(nnx.Module):
@@ -33,17 +43,23 @@ class Norm(nnx.Module):
     the scale, as T5X does.
     """
 
-    def __init__(self, config: NormConfig, *, embed_dim: int, dtype: jnp.dtype) -> None:
+    def __init__(
+        self, config: NormConfig, *, embed_dim: int, dtype: jnp.dtype, logical_axis: str = "embed"
+    ) -> None:
         self.config, self.dtype = config, dtype
-        ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
-        self.scale = parameter((embed_dim,), logical_axes=("embed",), initializer=ones)
-        if config.kind == "layer":
-            self.bias = parameter((embed_dim,), logical_axes=("embed",), initializer=zeros)
+        constant, axes = jax.nn.initializers.constant, (logical_axis,)
+        start = constant(1.0 - config.scale_offset)
+        self.scale = parameter((embed_dim,), logical_axes=axes, initializer=start)
+        if config.use_bias:
+            self.bias = parameter((embed_dim,), logical_axes=axes, initializer=constant(0.0))
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
         y = x.astype(jnp.float32)
         if self.config.kind == "layer":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.config.epsilon)
-        y = y.astype(self.dtype) * in_use(self.scale, self.dtype)
-        return y + in_use(self.bias, self.dtype) if self.config.kind == "layer" else y
+        scale = in_use(self.scale, self.dtype)
+        if self.config.scale_offset:
+            scale = scale + self.config.scale_offset
+        y = y.astype(self.dtype) * scale
+        return y + in_use(self.bias, self.dtype) if self.config.use_bias else y

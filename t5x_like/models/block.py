@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from t5x_like.errors import UserError
 from t5x_like.kernels.attention import AttentionMask
-from t5x_like.kernels.relative_bias import RelativeBias
+from t5x_like.kernels.position_bias import RelativeBias
 from t5x_like.layers.attention import Attention, AttentionConfig
 from t5x_like.layers.checks import (
     check_bools,
+    check_choice,
     check_instance,
     check_number,
     check_positive_ints,
@@ -28,11 +31,17 @@ from t5x_like.parallel.logical import constrain
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """A pre-norm residual block.
+    """A residual block.
 
     Attributes:
       embed_dim: width of the residual stream.
       attention, mlp, norm: its layers.
+      cross_attention: attention over the encoder's output, where there is one; None for the
+        projections of `attention` without its positions and windows.
+      norm_placement: `pre` is `x + f(norm(x))`, `post` is `norm(x + f(x))` (BERT), `sandwich` is
+        `x + norm(f(norm(x)))` (Gemma 2).
+      residual: `sequential`; or attention and MLP side by side on the same input, `parallel` with
+        a norm each (GPT-NeoX) or `parallel_shared_norm` with one (GPT-J, PaLM).
       dropout_rate: of attention weights, MLP activations, residual branches and embeddings.
       broadcast_dropout: draw one dropout mask for all positions of a sequence, as T5X does.
       init_stddev: None initialises as T5X (variance 1/fan_in); a number draws every kernel from
@@ -44,6 +53,9 @@ class BlockConfig:
     attention: AttentionConfig
     mlp: MlpConfig
     norm: NormConfig = NormConfig()
+    cross_attention: AttentionConfig | None = None
+    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    residual: Literal["sequential", "parallel", "parallel_shared_norm"] = "sequential"
     dropout_rate: float = 0.0
     broadcast_dropout: bool = True
     init_stddev: float | None = None
@@ -51,12 +63,20 @@ class BlockConfig:
     def __post_init__(self) -> None:
         check_positive_ints(self, "embed_dim")
         check_instance(self, "attention", AttentionConfig)
+        check_instance(self, "cross_attention", AttentionConfig, type(None))
         check_instance(self, "mlp", MlpConfig)
         check_instance(self, "norm", NormConfig)
+        check_choice(self, "norm_placement", ("pre", "post", "sandwich"))
+        check_choice(self, "residual", ("sequential", "parallel", "parallel_shared_norm"))
         check_number(self, "dropout_rate", low=0.0, high=1.0)
         check_bools(self, "broadcast_dropout")
         if self.init_stddev is not None:
             check_number(self, "init_stddev", low=0.0)
+        if self.residual != "sequential" and self.norm_placement != "pre":
+            raise UserError(
+                f"BlockConfig.residual {self.residual!r} goes with norm_placement 'pre', "
+                f"not {self.norm_placement!r}"
+            )
 
     @property
     def embedding_stddev(self) -> float:
@@ -65,9 +85,9 @@ class BlockConfig:
 
 
 class Block(nnx.Module):
-    """`x + f(norm(x))` for self-attention, cross-attention (where there is a context) and MLP.
+    """Self-attention, cross-attention (where there is a context) and MLP, each a residual branch.
 
-    The names of the self-attention and its norm are T5X's: an encoder's has no `self_`.
+    The names of the self-attention and its norms are T5X's: an encoder's have no `self_`.
     """
 
     def __init__(
@@ -81,6 +101,11 @@ class Block(nnx.Module):
         dtype: jnp.dtype,
     ) -> None:
         self.config, self.cross_attention = config, cross_attention
+        if cross_attention and config.residual != "sequential":
+            raise UserError(
+                f"BlockConfig.residual {config.residual!r} has no place for cross-attention; "
+                "use 'sequential' in an encoder-decoder"
+            )
         self.self_name = "self_attention" if decoder else "attention"
         width: dict[str, Any] = {"embed_dim": config.embed_dim, "dtype": dtype}
         inits: dict[str, Any] = {}
@@ -88,12 +113,18 @@ class Block(nnx.Module):
             out_stddev = config.init_stddev / (2 * num_layers) ** 0.5
             inits["kernel_init"] = jax.nn.initializers.normal(config.init_stddev)
             inits["out_init"] = jax.nn.initializers.normal(out_stddev)
-        setattr(self, f"pre_{self.self_name}_layer_norm", Norm(config.norm, **width))
-        setattr(self, self.self_name, Attention(config.attention, **width, **inits))
+        self._add_norms(self.self_name, **width)
+        setattr(
+            self, self.self_name, Attention(config.attention, norm=config.norm, **width, **inits)
+        )
         if cross_attention:
-            self.pre_cross_attention_layer_norm = Norm(config.norm, **width)
-            self.encoder_decoder_attention = Attention(config.attention, **width, **inits)
-        self.pre_mlp_layer_norm = Norm(config.norm, **width)
+            self._add_norms("cross_attention", **width)
+            over_context = config.cross_attention or config.attention.for_context()
+            self.encoder_decoder_attention = Attention(
+                over_context, norm=config.norm, **width, **inits
+            )
+        if config.residual != "parallel_shared_norm":
+            self._add_norms("mlp", **width)
         self.mlp = config.mlp.build(**width, **inits)
         if relative_positions is not None:
             self.relpos_bias = RelativePositions(
@@ -103,38 +134,84 @@ class Block(nnx.Module):
                 dtype=dtype,
             )
 
+    def _add_norms(self, branch: str, **width: Any) -> None:
+        if self.config.norm_placement != "post":
+            setattr(self, f"pre_{branch}_layer_norm", Norm(self.config.norm, **width))
+        if self.config.norm_placement != "pre":
+            setattr(self, f"post_{branch}_layer_norm", Norm(self.config.norm, **width))
+
     def __call__(
         self,
         x: Float[Array, "batch query embed"],
         *,
         mask: AttentionMask,
+        positions: Int[Array, "batch query"] | None = None,
         relative_bias: RelativeBias | None = None,
+        global_bias: RelativeBias | None = None,
         context: Float[Array, "batch key embed"] | None = None,
         context_mask: AttentionMask | None = None,
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "batch query embed"]:
         """Runs the block; `relative_bias` is that of the stack, unless the block has its own."""
-        drop: dict[str, Any] = {
-            "rate": self.config.dropout_rate,
-            "broadcast_dims": (-2,) if self.config.broadcast_dropout else (),
-        }
-        inner = {"dropout_rate": drop["rate"], "broadcast_dims": drop["broadcast_dims"]}
+        rate = self.config.dropout_rate
+        broadcast_dims = (-2,) if self.config.broadcast_dropout else ()
+        inner: dict[str, Any] = {"dropout_rate": rate, "broadcast_dims": broadcast_dims}
         keys = [fold_key(dropout_key, i) for i in range(6)]
-
-        def add(x: jax.Array, branch: jax.Array, key: jax.Array | None) -> jax.Array:
-            return constrain(x + dropout(branch, key=key, **drop), ("batch", "length", "embed"))
-
         if hasattr(self, "relpos_bias"):
             relative_bias = self.relpos_bias()
-        y = getattr(self, f"pre_{self.self_name}_layer_norm")(x)
-        attend = getattr(self, self.self_name)
-        y = attend(y, mask=mask, relative_bias=relative_bias, dropout_key=keys[0], **inner)
-        x = add(x, y, keys[1])
-        if self.cross_attention:
+
+        def attend_self(y: jax.Array) -> jax.Array:
+            attend: Attention = getattr(self, self.self_name)
+            return attend(
+                y,
+                mask=mask,
+                positions=positions,
+                relative_bias=relative_bias,
+                global_bias=global_bias,
+                dropout_key=keys[0],
+                **inner,
+            )
+
+        def attend_context(y: jax.Array) -> jax.Array:
             assert context is not None and context_mask is not None
-            y = self.pre_cross_attention_layer_norm(x)
             attend = self.encoder_decoder_attention
-            y = attend(y, context, mask=context_mask, dropout_key=keys[2], **inner)
-            x = add(x, y, keys[3])
-        y = self.mlp(self.pre_mlp_layer_norm(x), dropout_key=keys[4], **inner)
-        return add(x, y, keys[5])
+            return attend(y, context, mask=context_mask, dropout_key=keys[2], **inner)
+
+        def feed_forward(y: jax.Array) -> jax.Array:
+            return self.mlp(y, dropout_key=keys[4], **inner)
+
+        def drop(y: jax.Array, key: jax.Array | None) -> jax.Array:
+            return dropout(y, rate=rate, key=key, broadcast_dims=broadcast_dims)
+
+        if self.config.residual != "sequential":
+            y = self._norm(f"pre_{self.self_name}", x)
+            shared = self.config.residual == "parallel_shared_norm"
+            z = y if shared else self._norm("pre_mlp", x)
+            x = x + drop(attend_self(y), keys[1]) + drop(feed_forward(z), keys[5])
+            return constrain(x, ("batch", "length", "embed"))
+        x = self._branch(self.self_name, attend_self, x, drop, keys[1])
+        if self.cross_attention:
+            x = self._branch("cross_attention", attend_context, x, drop, keys[3])
+        return self._branch("mlp", feed_forward, x, drop, keys[5])
+
+    def _norm(self, name: str, x: jax.Array) -> jax.Array:
+        norm: Norm = getattr(self, f"{name}_layer_norm")
+        return norm(x)
+
+    def _branch(
+        self,
+        name: str,
+        function: Callable[[jax.Array], jax.Array],
+        x: jax.Array,
+        drop: Callable[[jax.Array, jax.Array | None], jax.Array],
+        key: jax.Array | None,
+    ) -> jax.Array:
+        """`x` plus a branch, with the norms where the config places them."""
+        placement = self.config.norm_placement
+        y = function(x if placement == "post" else self._norm(f"pre_{name}", x))
+        if placement == "sandwich":
+            y = self._norm(f"post_{name}", y)
+        x = x + drop(y, key)
+        if placement == "post":
+            x = self._norm(f"post_{name}", x)
+        return constrain(x, ("batch", "length", "embed"))

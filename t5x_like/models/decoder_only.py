@@ -34,7 +34,7 @@ class DecoderOnly(Transformer):
     def __init__(self, config: DecoderOnlyConfig) -> None:
         super().__init__(config)
         self.decoder = self._stack(
-            num_layers=config.num_layers, decoder=True, cross_attention=False
+            config.block, num_layers=config.num_layers, decoder=True, cross_attention=False
         )
 
     def __call__(
@@ -49,8 +49,10 @@ class DecoderOnly(Transformer):
           dropout_key: None runs without dropout.
         """
         segments = batch.get("decoder_segment_ids")
+        positions = batch.get("decoder_positions")
         x = self.decoder(
-            self.embed(batch["decoder_input_tokens"], batch.get("decoder_positions")),
+            self.embed(batch["decoder_input_tokens"], positions),
+            positions=positions,
             mask=AttentionMask(
                 causal=True,
                 query_segments=segments,

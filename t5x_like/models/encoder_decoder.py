@@ -8,22 +8,42 @@ from collections.abc import Mapping
 import jax
 from jaxtyping import Array, Float, Int
 
+from t5x_like.errors import UserError
 from t5x_like.kernels.attention import AttentionMask
-from t5x_like.layers.checks import check_positive_ints
+from t5x_like.layers.checks import check_bools, check_positive_ints
 from t5x_like.layers.dropout import fold_key
+from t5x_like.models.stack import Pattern, as_pattern
 from t5x_like.models.transformer import Transformer, TransformerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderDecoderConfig(TransformerConfig):
-    """T5 (Raffel et al. 2020, arXiv:1910.10683); the fields of `TransformerConfig`, and depth."""
+    """T5 (Raffel et al. 2020, arXiv:1910.10683): the fields of `TransformerConfig`, and these.
+
+    Attributes:
+      num_encoder_layers, num_decoder_layers: depth.
+      encoder_block: the shape of the encoder's blocks where it is another than `block`.
+      share_embeddings: one token table (and one of positions) for both sides; the output is tied
+        to the decoder's.
+    """
 
     num_encoder_layers: int
     num_decoder_layers: int
+    encoder_block: Pattern | None = None
+    share_embeddings: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive_ints(self, "num_encoder_layers", "num_decoder_layers")
+        check_bools(self, "share_embeddings")
+        if self.encoder_block is not None:
+            self._check_pattern("encoder_block")
+            width = as_pattern(self.encoder_block)[0].embed_dim
+            if width != self.first_block.embed_dim:
+                raise UserError(
+                    f"EncoderDecoderConfig.encoder_block has embed_dim {width} and block "
+                    f"{self.first_block.embed_dim}; make them equal"
+                )
 
     def build(self) -> EncoderDecoder:
         """The module with abstract parameters; `models.base.ModelDef` gives it arrays."""
@@ -33,13 +53,20 @@ class EncoderDecoderConfig(TransformerConfig):
 class EncoderDecoder(Transformer):
     """Calls take token ids; id 0 is padding."""
 
+    config: EncoderDecoderConfig
+
     def __init__(self, config: EncoderDecoderConfig) -> None:
         super().__init__(config)
+        if not config.share_embeddings:
+            self._add_embeddings("encoder_")
         self.encoder = self._stack(
-            num_layers=config.num_encoder_layers, decoder=False, cross_attention=False
+            config.encoder_block or config.block,
+            num_layers=config.num_encoder_layers,
+            decoder=False,
+            cross_attention=False,
         )
         self.decoder = self._stack(
-            num_layers=config.num_decoder_layers, decoder=True, cross_attention=True
+            config.block, num_layers=config.num_decoder_layers, decoder=True, cross_attention=True
         )
 
     def __call__(
@@ -72,7 +99,9 @@ class EncoderDecoder(Transformer):
         mask = AttentionMask(
             query_segments=segment_ids, key_segments=segment_ids, key_valid=tokens > 0
         )
-        return self.encoder(self.embed(tokens, positions), mask=mask, dropout_key=dropout_key)
+        prefix = "" if self.config.share_embeddings else "encoder_"
+        x = self.embed(tokens, positions, prefix=prefix)
+        return self.encoder(x, mask=mask, positions=positions, dropout_key=dropout_key)
 
     def decode(
         self,
@@ -83,8 +112,10 @@ class EncoderDecoder(Transformer):
     ) -> Float[Array, "batch length vocab"]:
         """float32 logits of the decoder given the encoder's output; `batch` as for a call."""
         segments = batch.get("decoder_segment_ids")
+        positions = batch.get("decoder_positions")
         x = self.decoder(
-            self.embed(batch["decoder_input_tokens"], batch.get("decoder_positions")),
+            self.embed(batch["decoder_input_tokens"], positions),
+            positions=positions,
             mask=AttentionMask(
                 causal=True,
                 query_segments=segments,

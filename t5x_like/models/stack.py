@@ -1,15 +1,19 @@
-"""A stack of blocks whose parameters lie on a leading `layers` axis and are run by scan."""
+"""A stack of blocks whose parameters lie on a leading `layers` axis and are run by scan.
+
+Layers may follow a repeating pattern (local and global attention in turn): the loop then runs
+over the repeats, so that compile time grows with the pattern and not with the depth.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from t5x_like.errors import UserError, did_you_mean
 from t5x_like.kernels.attention import AttentionMask
@@ -19,6 +23,8 @@ from t5x_like.layers.norms import Norm
 from t5x_like.layers.parameter import stack_parameters
 from t5x_like.layers.positions import RelativePositions, RelativePositionsConfig
 from t5x_like.models.block import Block, BlockConfig
+
+Pattern = BlockConfig | tuple[BlockConfig, ...]
 
 SAVEABLE_NAMES = (
     "query",
@@ -74,14 +80,63 @@ def remat_policy(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]
     return functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
 
 
+def as_pattern(block: Pattern) -> tuple[BlockConfig, ...]:
+    """One block config as a pattern of length 1."""
+    return (block,) if isinstance(block, BlockConfig) else tuple(block)
+
+
+def group_sizes(period: int, num_layers: int) -> tuple[tuple[int, int], ...]:
+    """(blocks, repeats) of the groups that `num_layers` layers of a pattern make.
+
+    The whole repeats of the pattern are one group, the layers left over are another.
+    """
+    repeats, left = divmod(num_layers, period)
+    return tuple((n, r) for n, r in ((period, repeats), (left, 1)) if n and r)
+
+
+def layer_slots(block: Pattern, num_layers: int) -> list[tuple[str, int]]:
+    """Where in a stack's parameters every layer is: (path, index on the leading axis).
+
+    `layers` holds a stack of one kind of block; a pattern has a path for each of its blocks:
+
+    >>> layer_slots((local, full), 5)
+    [('group_0/block_0', 0), ('group_0/block_1', 0), ('group_0/block_0', 1),
+     ('group_0/block_1', 1), ('group_1/block_0', 0)]
+    """
+    period = len(as_pattern(block))
+    if period == 1:
+        return [("layers", index) for index in range(num_layers)]
+    return [
+        (f"group_{group}/block_{i}", repeat)
+        for group, (blocks, repeats) in enumerate(group_sizes(period, num_layers))
+        for repeat in range(repeats)
+        for i in range(blocks)
+    ]
+
+
+class BlockGroup(nnx.Module):
+    """The blocks of a pattern, `block_0`, `block_1`, ..., in the order in which they run."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        for i, block in enumerate(blocks):
+            setattr(self, f"block_{i}", block)
+
+
+def _blocks_of(group: Block | BlockGroup) -> list[Block]:
+    if isinstance(group, Block):
+        return [group]
+    count = sum(name.startswith("block_") for name in vars(group))
+    return [getattr(group, f"block_{i}") for i in range(count)]
+
+
 class Stack(nnx.Module):
-    """Blocks of one shape, their shared relative-position table, and the final norm."""
+    """Blocks, their shared relative-position tables, and the final norm of pre-norm blocks."""
 
     logits_dense: Linear  # Of a decoder whose logits are not tied to the token table.
 
     def __init__(
         self,
-        block: BlockConfig,
+        block: Pattern,
         *,
         num_layers: int,
         decoder: bool,
@@ -91,38 +146,70 @@ class Stack(nnx.Module):
         remat: str,
         scan_unroll: int,
     ) -> None:
-        self.block, self.decoder, self.num_layers = block, decoder, num_layers
+        pattern = as_pattern(block)
+        self.block, self.decoder = pattern[0], decoder
         self.remat, self.scan_unroll = remat, scan_unroll
+        self.is_pattern = len(pattern) > 1
+        self.groups = group_sizes(len(pattern), num_layers)
         per_layer = relative_positions is not None and relative_positions.per_layer
-        self.layers = stack_parameters(
-            Block(
-                block,
+
+        def build(config: BlockConfig) -> Block:
+            return Block(
+                config,
                 decoder=decoder,
                 cross_attention=cross_attention,
                 num_layers=num_layers,
                 relative_positions=relative_positions if per_layer else None,
                 dtype=dtype,
-            ),
-            num_layers=num_layers,
-        )
-        if relative_positions is not None and not per_layer:
-            self.relpos_bias = RelativePositions(
+            )
+
+        for index, (blocks, repeats) in enumerate(self.groups):
+            built = [build(config) for config in pattern[:blocks]]
+            group = BlockGroup(built) if self.is_pattern else built[0]
+            setattr(self, self._group_name(index), stack_parameters(group, num_layers=repeats))
+        self._add_tables(pattern, relative_positions, per_layer=per_layer, dtype=dtype)
+        if self.block.norm_placement != "post":
+            norm = Norm(self.block.norm, embed_dim=self.block.embed_dim, dtype=dtype)
+            setattr(self, self._norm_name(), norm)
+
+    def _add_tables(
+        self,
+        pattern: tuple[BlockConfig, ...],
+        relative_positions: RelativePositionsConfig | None,
+        *,
+        per_layer: bool,
+        dtype: jnp.dtype,
+    ) -> None:
+        needs_global = any(b.attention.global_block_size is not None for b in pattern)
+        if needs_global and (relative_positions is None or per_layer):
+            raise UserError(
+                "AttentionConfig.global_block_size needs RelativePositionsConfig with "
+                "per_layer False as the model's `positions`"
+            )
+        if relative_positions is None or per_layer:
+            return
+        names = ["relpos_bias"] + ["global_relpos_bias"] * needs_global
+        for name in names:
+            table = RelativePositions(
                 relative_positions,
-                num_heads=block.attention.num_heads,
-                bidirectional=not decoder,
+                num_heads=self.block.attention.num_heads,
+                bidirectional=not self.decoder,
                 dtype=dtype,
             )
-        norm = Norm(block.norm, embed_dim=block.embed_dim, dtype=dtype)
-        setattr(self, self._norm_name(), norm)
+            setattr(self, name, table)
 
     def _norm_name(self) -> str:
         return "decoder_norm" if self.decoder else "encoder_norm"
+
+    def _group_name(self, index: int) -> str:
+        return f"group_{index}" if self.is_pattern else "layers"
 
     def __call__(
         self,
         x: Float[Array, "batch length embed"],
         *,
         mask: AttentionMask,
+        positions: Int[Array, "batch length"] | None = None,
         context: Float[Array, "batch key embed"] | None = None,
         context_mask: AttentionMask | None = None,
         dropout_key: jax.Array | None = None,
@@ -135,25 +222,47 @@ class Stack(nnx.Module):
         shared = (-2,) if broadcast else ()
         key_in, key_layers, key_out = (fold_key(dropout_key, i) for i in range(3))
         x = dropout(x, rate=rate, key=key_in, broadcast_dims=shared)
-        relative_bias = self.relpos_bias() if hasattr(self, "relpos_bias") else None
-        graphdef, params = nnx.split(self.layers)
-
-        def run_layer(x: jax.Array, layer: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
-            params, index = layer
-            block: Block = nnx.merge(graphdef, params)
-            y = block(
-                x,
-                mask=mask,
-                relative_bias=relative_bias,
-                context=context,
-                context_mask=context_mask,
-                dropout_key=fold_key(key_layers, index),
-            )
-            return y, None
-
-        layers = (params, jnp.arange(self.num_layers))
-        body = remat_policy(self.remat)(run_layer)
-        x, _ = jax.lax.scan(body, x, layers, unroll=min(self.scan_unroll, self.num_layers))
-        x = getattr(self, self._norm_name())(x)
+        inputs: dict[str, Any] = {
+            "mask": mask,
+            "positions": positions,
+            "relative_bias": self.relpos_bias() if hasattr(self, "relpos_bias") else None,
+            "context": context,
+            "context_mask": context_mask,
+        }
+        if hasattr(self, "global_relpos_bias"):
+            inputs["global_bias"] = self.global_relpos_bias()
+        first = 0
+        for index, (blocks, repeats) in enumerate(self.groups):
+            group = getattr(self, self._group_name(index))
+            x = self._run(group, x, first=first, repeats=repeats, key=key_layers, inputs=inputs)
+            first += blocks * repeats
+        if hasattr(self, self._norm_name()):
+            x = getattr(self, self._norm_name())(x)
         # T5X shares the last draw among positions in the decoder, but not in the encoder.
         return dropout(x, rate=rate, key=key_out, broadcast_dims=shared if self.decoder else ())
+
+    def _run(
+        self,
+        group: Block | BlockGroup,
+        x: jax.Array,
+        *,
+        first: int,
+        repeats: int,
+        key: jax.Array | None,
+        inputs: dict[str, Any],
+    ) -> jax.Array:
+        """Scans over the repeats of a group whose first layer is layer `first` of the stack."""
+        graphdef, params = nnx.split(group)
+        transform = remat_policy(self.remat)
+        blocks = len(_blocks_of(group))
+
+        def run_group(x: jax.Array, scanned: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
+            params, repeat = scanned
+            for i, block in enumerate(_blocks_of(nnx.merge(graphdef, params))):
+                layer = first + repeat * blocks + i
+                x = block(x, dropout_key=fold_key(key, layer), **inputs)
+            return x, None
+
+        scanned = (params, jnp.arange(repeats))
+        unroll = min(self.scan_unroll, repeats)
+        return jax.lax.scan(transform(run_group), x, scanned, unroll=unroll)[0]

@@ -166,7 +166,11 @@ def test_gpt2():
             block=BlockConfig(
                 embed_dim=32,
                 attention=AttentionConfig(
-                    num_heads=4, head_dim=8, scale_logits=True, use_bias=True
+                    num_heads=4,
+                    head_dim=8,
+                    logit_scale="rsqrt_head_dim",
+                    qkv_bias=True,
+                    out_bias=True,
                 ),
                 mlp=MlpConfig(mlp_dim=128, activations=("gelu",), use_bias=True),
                 norm=NormConfig(kind="layer", epsilon=1e-5),

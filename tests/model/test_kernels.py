@@ -9,7 +9,7 @@ import pytest
 
 from t5x_like.kernels.attention import AttentionMask, attention
 from t5x_like.kernels.matmul import einsum_float32, project, transposed_product
-from t5x_like.kernels.relative_bias import RelativeBias, relative_position_bucket
+from t5x_like.kernels.position_bias import RelativeBias, relative_position_bucket
 
 B, T, S, H, D = 2, 6, 9, 4, 8
 
@@ -45,7 +45,7 @@ def test_attention_equals_formula_in_every_gradient(kv_heads, kept):
             k,
             v,
             mask=AttentionMask(key_valid=valid),
-            relative_bias=RelativeBias(table=table, bidirectional=True, max_distance=16),
+            bias=RelativeBias(table=table, bidirectional=True, max_distance=16),
             scale=0.3,
             dropout=lambda shape: keep,
         )

@@ -13,7 +13,21 @@ from t5x_like.errors import UserError
 from t5x_like.layers.attention import AttentionConfig
 from t5x_like.layers.mlp import MlpConfig
 from t5x_like.layers.norms import NormConfig
-from t5x_like.layers.positions import LearnedPositionsConfig, RelativePositionsConfig
+from t5x_like.layers.positions import (
+    AlibiConfig,
+    LearnedPositionsConfig,
+    RelativePositionsConfig,
+    SinusoidalPositionsConfig,
+    TransformerXlPositionsConfig,
+)
+from t5x_like.layers.rope import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RopeConfig,
+    YarnScaling,
+)
 from t5x_like.models.base import ModelDef
 from t5x_like.models.block import BlockConfig
 from t5x_like.models.decoder_only import DecoderOnlyConfig
@@ -40,6 +54,21 @@ DECODER = DecoderOnlyConfig(
     vocab_size=32, num_layers=2, block=BLOCK, positions=LearnedPositionsConfig(max_length=16)
 )
 
+WINDOWED = dataclasses.replace(
+    SEQ2SEQ,
+    encoder_block=dataclasses.replace(
+        BLOCK, attention=AttentionConfig(num_heads=4, head_dim=8, window=4)
+    ),
+)
+
+
+def with_positions(positions: Any) -> DecoderOnlyConfig:
+    """A decoder whose attention has these positions."""
+    attention = dataclasses.replace(BLOCK.attention, positions=positions)
+    block = dataclasses.replace(BLOCK, attention=attention)
+    return dataclasses.replace(DECODER, block=block, positions=None)
+
+
 # config, path of attributes to the dataclass, and another value for each of its fields
 CASES: list[tuple[Any, str, dict[str, Any]]] = [
     (
@@ -50,11 +79,18 @@ CASES: list[tuple[Any, str, dict[str, Any]]] = [
             "block": dataclasses.replace(BLOCK, embed_dim=24),
             "positions": None,
             "logits": "tied",
+            "logits_bias": True,
+            "logits_softcap": 5.0,
+            "scale_embeddings": True,
+            "embedding_norm": True,
+            "embedding_dim": 8,
             "dtype": "bfloat16",
             "remat": "full",
             "scan_unroll": 2,
             "num_encoder_layers": 3,
             "num_decoder_layers": 3,
+            "encoder_block": dataclasses.replace(BLOCK, mlp=MlpConfig(mlp_dim=32)),
+            "share_embeddings": False,
         },
     ),
     (
@@ -65,6 +101,11 @@ CASES: list[tuple[Any, str, dict[str, Any]]] = [
             "block": dataclasses.replace(BLOCK, embed_dim=24),
             "positions": RelativePositionsConfig(),
             "logits": "tied_rescaled",
+            "logits_bias": True,
+            "logits_softcap": 5.0,
+            "scale_embeddings": True,
+            "embedding_norm": True,
+            "embedding_dim": 8,
             "dtype": "float16",
             "remat": "minimal",
             "scan_unroll": 2,
@@ -72,7 +113,12 @@ CASES: list[tuple[Any, str, dict[str, Any]]] = [
         },
     ),
     (SEQ2SEQ, "positions", {"num_buckets": 16, "max_distance": 20, "per_layer": True}),
-    (DECODER, "positions", {"max_length": 12}),
+    (DECODER, "positions", {"max_length": 12, "offset": 2}),
+    (
+        dataclasses.replace(DECODER, positions=SinusoidalPositionsConfig()),
+        "positions",
+        {"max_wavelength": 100.0},
+    ),
     (
         SEQ2SEQ,
         "block",
@@ -81,6 +127,8 @@ CASES: list[tuple[Any, str, dict[str, Any]]] = [
             "attention": AttentionConfig(num_heads=2, head_dim=8),
             "mlp": MlpConfig(mlp_dim=32),
             "norm": NormConfig(kind="layer"),
+            "cross_attention": AttentionConfig(num_heads=2, head_dim=8),
+            "norm_placement": "sandwich",
             "dropout_rate": 0.2,
             "broadcast_dropout": False,
             "init_stddev": 0.02,
@@ -93,12 +141,99 @@ CASES: list[tuple[Any, str, dict[str, Any]]] = [
             "num_heads": 8,
             "head_dim": 16,
             "num_kv_heads": 2,
-            "scale_logits": True,
-            "use_bias": True,
+            "logit_scale": "rsqrt_head_dim",
+            "qkv_bias": True,
+            "out_bias": True,
+            "qk_norm": NormConfig(),
+            "softcap": 5.0,
+            "window": 3,
+            "sinks": True,
         },
     ),
+    (with_positions(RopeConfig()), "block", {"residual": "parallel"}),
+    (with_positions(RopeConfig()), "block", {"residual": "parallel_shared_norm"}),
+    (with_positions(RopeConfig()), "block", {"norm_placement": "post"}),
+    (with_positions(RopeConfig()), "block.attention", {"positions": None}),
+    (WINDOWED, "encoder_block.attention", {"global_block_size": 4}),
+    *(
+        (with_positions(positions), "block.attention.positions", values)
+        for positions, values in [
+            (AlibiConfig(), {"scale": 0.5}),
+            (TransformerXlPositionsConfig(), {"max_wavelength": 100.0}),
+            (
+                RopeConfig(),
+                {
+                    "theta": 100.0,
+                    "fraction": 0.5,
+                    "interleaved": True,
+                    "scaling": LinearScaling(factor=2.0),
+                },
+            ),
+        ]
+    ),
+    *(
+        (with_positions(RopeConfig(scaling=scaling)), "block.attention.positions.scaling", values)
+        for scaling, values in [
+            (LinearScaling(factor=2.0), {"factor": 4.0}),
+            (
+                DynamicScaling(factor=2.0, original_length=8),
+                {"factor": 4.0, "original_length": 4},
+            ),
+            (
+                Llama3Scaling(
+                    factor=2.0,
+                    low_frequency_factor=1.0,
+                    high_frequency_factor=4.0,
+                    original_length=64,
+                ),
+                {
+                    "factor": 4.0,
+                    "low_frequency_factor": 2.0,
+                    "high_frequency_factor": 8.0,
+                    "original_length": 32,
+                },
+            ),
+            (
+                YarnScaling(factor=2.0, original_length=1000),
+                {
+                    "factor": 4.0,
+                    "original_length": 100,
+                    "beta_fast": 8.0,
+                    "beta_slow": 5.0,
+                    "attention_factor": 2.0,
+                },
+            ),
+            (
+                LongRopeScaling(
+                    short_factors=(1.0, 1.0, 2.0, 2.0),
+                    long_factors=(1.0, 2.0, 3.0, 4.0),
+                    original_length=64,
+                    max_length=128,
+                ),
+                {
+                    "short_factors": (1.0, 1.0, 1.0, 2.0),
+                    "original_length": 8,
+                    "max_length": 256,
+                    "attention_factor": 2.0,
+                },
+            ),
+            (
+                LongRopeScaling(
+                    short_factors=(1.0, 1.0, 2.0, 2.0),
+                    long_factors=(1.0, 2.0, 3.0, 4.0),
+                    original_length=8,
+                    max_length=128,
+                ),
+                {"long_factors": (1.0, 2.0, 3.0, 5.0)},
+            ),
+        ]
+    ),
     (SEQ2SEQ, "block.mlp", {"mlp_dim": 32, "activations": ("silu", "linear"), "use_bias": True}),
-    (SEQ2SEQ, "block.norm", {"kind": "layer", "epsilon": 1e-3}),
+    (
+        SEQ2SEQ,
+        "block.norm",
+        {"kind": "layer", "epsilon": 1e-3, "use_bias": True, "scale_offset": 1.0},
+    ),
 ]
 OBJECTIVE_FIELDS = {
     "z_loss": 0.0,
@@ -143,10 +278,16 @@ def target(config: Any, path: str) -> Any:
     return config
 
 
+def test_the_cases_are_of_every_field():
+    covered: dict[type, set[str]] = {}
+    for config, path, values in CASES:
+        covered.setdefault(type(target(config, path)), set()).update(values)
+    for kind, names in covered.items():
+        assert names == {field.name for field in dataclasses.fields(kind)}, kind
+
+
 @pytest.mark.parametrize(("config", "path", "values"), CASES)
 def test_every_field_changes_the_model(config, path, values):
-    names = {field.name for field in dataclasses.fields(target(config, path))}
-    assert names == values.keys()
     unchanged = fingerprint(config)
     assert fingerprint(replaced(config, path)) == unchanged
     for name, value in values.items():
@@ -181,7 +322,35 @@ def test_every_field_changes_the_objective(config, objective):
         ),
         (SEQ2SEQ, "block", {"mlp": None}, "mlp is None; give a MlpConfig"),
         (SEQ2SEQ, "block.attention", {"num_kv_heads": 3}, "3 does not divide num_heads 4"),
-        (SEQ2SEQ, "block.attention", {"use_bias": 1}, "use_bias is 1; give True or False"),
+        (SEQ2SEQ, "block.attention", {"qkv_bias": 1}, "qkv_bias is 1; give True or False"),
+        (SEQ2SEQ, "block.attention", {"logit_scale": "sqrt"}, "logit_scale is 'sqrt'; give a"),
+        (SEQ2SEQ, "block.attention", {"window": 0}, "window is 0; give an integer of at least 1"),
+        (SEQ2SEQ, "block.attention", {"global_block_size": 4}, "4 and window None; global tokens"),
+        (SEQ2SEQ, "block", {"norm_placement": "before"}, "norm_placement is 'before'; choose"),
+        (
+            DECODER,
+            "block",
+            {"residual": "parallel", "norm_placement": "post"},
+            "residual 'parallel' goes with norm_placement 'pre', not 'post'",
+        ),
+        (
+            with_positions(RopeConfig()),
+            "block.attention.positions",
+            {"fraction": 1.5},
+            r"fraction is 1.5; give a number in \(0, 1\]",
+        ),
+        (
+            with_positions(RopeConfig()),
+            "block.attention",
+            {"head_dim": 7},
+            "fraction 1.0 of head_dim 7 rotates 7 dims; it must be an even number",
+        ),
+        (
+            DECODER,
+            "",
+            {"block": (BLOCK, dataclasses.replace(BLOCK, embed_dim=8))},
+            r"blocks of embed_dim \[8, 16\]; a residual stream has one width",
+        ),
         (SEQ2SEQ, "block.mlp", {"activations": ("geglu",)}, "Did you mean 'gelu'"),
         (SEQ2SEQ, "block.mlp", {"activations": ()}, "activations is empty"),
         (SEQ2SEQ, "block.norm", {"kind": "rsm"}, "kind is 'rsm'; .* Did you mean 'rms'"),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_like.kernels.relative_bias import relative_position_bucket
+from t5x_like.kernels.position_bias import relative_position_bucket
 from t5x_like.objectives.seq2seq import Seq2Seq
 
 from .conftest import Oracle, relative_l2
