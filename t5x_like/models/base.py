@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -81,6 +81,11 @@ class ModelDef:
                 node = node.setdefault(str(name), {})
             node[str(path[-1])] = function(path, variable)
         return nested
+
+    def modules(self) -> Iterator[tuple[str, nnx.Module]]:
+        """Every module with its path in the parameters, as `decoder/layers/mlp`; no arrays."""
+        for path, module in nnx.iter_modules(nnx.merge(self._graphdef, self._abstract)):
+            yield "/".join(map(str, path)), module
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh parameters, a pure function of `key`; jit it with shardings to place them."""

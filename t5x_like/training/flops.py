@@ -3,17 +3,23 @@
 Rule: matmul FLOPs of the forward pass, times three for a training step. A matmul of [m, k] by
 [k, n] is 2*m*k*n. Attention scores and values are counted over half of the square where attention
 is causal. Every position of the batch counts, padding included. Rematerialised work, embedding
-look-ups, norms and softmax do not count. MFU = FLOPs / (seconds * devices * dense peak).
+look-ups, norms and softmax do not count. A window counts the pairs inside it. MFU = FLOPs / (seconds * devices * dense peak).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from t5x_like.layers.attention import Attention, AttentionConfig
+from t5x_like.layers.linear import Linear
+from t5x_like.models.base import ModelDef
 
 # Dense peak in FLOP/s of one JAX device, by a substring of `device.device_kind` (vendors' data
 # sheets): bfloat16, then float32 as XLA runs it by default there.
@@ -41,51 +47,89 @@ def named_leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield path, value
 
 
-def forward_flops(
-    param_info: Mapping[str, Any], batch_shapes: Mapping[str, tuple[int, ...]]
-) -> float:
+def forward_flops(model_def: ModelDef, batch_shapes: Mapping[str, tuple[int, ...]]) -> float:
     """Forward matmul FLOPs of one batch by the rule above.
 
     Args:
-      param_info: nested dict of `ParamInfo`, as `ModelDef.param_info`.
-      batch_shapes: name -> global shape; `decoder_input_tokens` [B, L] and, for an
-        encoder-decoder, `encoder_input_tokens` [B, T].
+      model_def: the model.
+      batch_shapes: name -> global shape: `decoder_input_tokens` [B, L], `encoder_input_tokens`
+        [B, T], whichever the model has; where an encoder's head looks at some positions only,
+        `encoder_target_positions` [B, P] and `encoder_sequence_starts` [B, K].
     """
-    batch, decoder_length = batch_shapes["decoder_input_tokens"]
-    encoder_length = batch_shapes.get("encoder_input_tokens", (batch, 0))[1]
+    sizes = _Sizes.of(batch_shapes)
     total = 0.0
-    leaves = dict(named_leaves(param_info))
-    for path, info in leaves.items():
-        if not path.endswith("/kernel"):
-            continue
-        cross = "/encoder_decoder_attention/" in path
-        from_encoder = path.startswith("encoder/") or (
-            cross and path.split("/")[-2] in ("key", "value")
-        )
-        length = encoder_length if from_encoder else decoder_length
-        size = 1.0
-        for dim in info.shape:
-            size *= dim
-        total += 2.0 * batch * length * size
-        if path.endswith("attention/query/kernel"):
-            stacked = info.shape[0] if info.logical_axes[0] == "layers" else 1
-            causal = path.startswith("decoder/") and not cross
-            keys = encoder_length if cross or from_encoder else decoder_length
-            pairs = length * keys * (0.5 if causal else 1.0)
-            total += 2 * 2.0 * batch * pairs * stacked * info.shape[-1]
-    if not any(path.endswith("logits_dense/kernel") for path in leaves):
-        vocab, embed = next(
-            info.shape for path, info in leaves.items() if path.endswith("token_embedder/embedding")
-        )
-        total += 2.0 * batch * decoder_length * vocab * embed
+    for path, module in model_def.modules():
+        if isinstance(module, Linear):
+            weights = math.prod(module.kernel.get_value().shape)
+            total += 2.0 * sizes.rows(path) * weights
+        elif isinstance(module, Attention):
+            query = module.query.kernel
+            stacked = query.get_value().shape[0] if query.logical_axes[0] == "layers" else 1
+            products = 3 if hasattr(module, "xl_positions") else 2  # scores, values, distances
+            pairs = sizes.batch * sizes.pairs(path, module.config)
+            total += 2.0 * products * pairs * stacked * query.get_value().shape[-1]
+    if getattr(model_def.config, "logits", None) != "dense" and sizes.outputs:
+        table = model_def.param_info["token_embedder"]["embedding"]
+        total += 2.0 * sizes.outputs * math.prod(table.shape)
     return total
 
 
-def training_flops(
-    param_info: Mapping[str, Any], batch_shapes: Mapping[str, tuple[int, ...]]
-) -> float:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """Rows of the batch, positions of a row on either side, and rows that the heads work on."""
+
+    batch: int
+    encoder: int
+    decoder: int
+    outputs: int
+    sequences: int
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> _Sizes:
+        batch = next(iter(shapes.values()))[0]
+        encoder, decoder = (
+            shapes.get(f"{side}_input_tokens", (0, 0))[1] for side in ("encoder", "decoder")
+        )
+        targets = shapes.get("encoder_target_positions", (0, encoder))[1]
+        return cls(
+            batch=batch,
+            encoder=encoder,
+            decoder=decoder,
+            outputs=batch * (decoder or targets),
+            sequences=batch * shapes.get("encoder_sequence_starts", (0, 1))[1],
+        )
+
+    def rows(self, path: str) -> int:
+        """How many vectors a projection is applied to."""
+        parts = path.split("/")
+        first, parent, name = parts[0], parts[-2] if len(parts) > 1 else "", parts[-1]
+        if name == "relative":  # of distances, the same for all rows of the batch
+            return 2 * (self.encoder if first == "encoder" else self.decoder)
+        if first in ("pooler", "classifier"):
+            return self.sequences
+        if first in ("masked_lm_head", "logits_projection"):
+            return self.outputs
+        if first == "embedding_projection":
+            return self.batch * (self.encoder + self.decoder)
+        of_context = parent == "encoder_decoder_attention" and name in ("key", "value")
+        on_encoder = first.startswith("encoder") or of_context
+        return self.batch * (self.encoder if on_encoder else self.decoder)
+
+    def pairs(self, path: str, config: AttentionConfig) -> float:
+        """Pairs of query and key in one row of the batch; half of the square if causal."""
+        if path.endswith("encoder_decoder_attention"):
+            return float(self.decoder * self.encoder)
+        on_encoder = path.startswith("encoder")
+        length = self.encoder if on_encoder else self.decoder
+        window = min(config.window or length, length)
+        pairs = window * (length - window / 2)  # behind the query, as an area
+        blocks = length // (config.global_block_size or length + 1)
+        return (2 * pairs if on_encoder else pairs) + length * blocks
+
+
+def training_flops(model_def: ModelDef, batch_shapes: Mapping[str, tuple[int, ...]]) -> float:
     """FLOPs of one training step: three times the forward pass."""
-    return 3.0 * forward_flops(param_info, batch_shapes)
+    return 3.0 * forward_flops(model_def, batch_shapes)
 
 
 def matmul_peak(dtype: jnp.dtype, *, size: int = 1536, seconds: float = 0.4) -> float:

@@ -134,8 +134,8 @@ class Built:
         sizes = {n: int(np.prod(s)) for n, s in shapes.items() if n.endswith("_input_tokens")}
         return hooks.StepCost(
             tokens=sum(sizes.values()),
-            target_tokens=sizes["decoder_input_tokens"],
-            flops=flops.training_flops(self.model_def.param_info, shapes),
+            target_tokens=sizes.get("decoder_input_tokens") or sizes["encoder_input_tokens"],
+            flops=flops.training_flops(self.model_def, shapes),
             peak_flops=flops.peak_flops(self.mesh.devices.flat[0], self.compute_dtype),
         )
 

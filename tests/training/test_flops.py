@@ -69,9 +69,7 @@ def test_rule_equals_the_matmuls_of_the_forward_pass(model, lengths):
     traced = jax.make_jaxpr(lambda p, b: built.model_def.bind(p)(b))(params, batch)
     full = matmul_flops(traced.jaxpr)
     causal = causal_half(built.model_def, shapes)
-    assert flops.forward_flops(built.model_def.param_info, shapes) == pytest.approx(
-        full - causal, rel=1e-9
-    )
+    assert flops.forward_flops(built.model_def, shapes) == pytest.approx(full - causal, rel=1e-9)
 
 
 def causal_half(model_def: ModelDef, shapes: dict[str, tuple[int, ...]]) -> float:
