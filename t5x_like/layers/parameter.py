@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +36,24 @@ def scaled(initializer: Initializer, scale: float) -> Initializer:
     return init
 
 
+class ModelState(nnx.Variable):
+    """What a model keeps from step to step and no optimizer touches, such as a balance bias."""
+
+
 def parameter(
-    shape: tuple[int, ...], *, logical_axes: tuple[str, ...], initializer: Initializer
-) -> nnx.Param:
-    """Declares a float32 parameter of the given shape, one logical axis name a dimension."""
+    shape: tuple[int, ...],
+    *,
+    logical_axes: tuple[str | None, ...],
+    initializer: Initializer,
+    kind: type[nnx.Variable] = nnx.Param,
+) -> Any:
+    """Declares a float32 parameter of the given shape, one logical axis name a dimension.
+
+    `kind` is `ModelState` for an array that is not trained.
+    """
     assert len(shape) == len(logical_axes), (shape, logical_axes)
     abstract = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return nnx.Param(abstract, logical_axes=logical_axes, initializer=initializer)
+    return kind(abstract, logical_axes=logical_axes, initializer=initializer)
 
 
 def in_use(param: nnx.Param, dtype: jnp.dtype) -> Float[Array, "..."]:
@@ -79,7 +90,7 @@ _in_use.defvjp(_in_use_forward, _in_use_backward)
 def stack_parameters(module: ModuleT, *, num_layers: int) -> ModuleT:
     """Gives every parameter of `module` a leading `layers` axis, initialised layer by layer."""
     for _, variable in nnx.iter_graph(module):
-        if isinstance(variable, nnx.Param):
+        if isinstance(variable, nnx.Param | ModelState):
             info = variable.get_value()
             variable.set_value(jax.ShapeDtypeStruct((num_layers, *info.shape), info.dtype))
             variable.set_metadata(logical_axes=("layers", *variable.logical_axes))

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from t5x_like.layers.parameter import ModelState
+
 Params = Mapping[str, Any]
 
 
@@ -29,11 +31,16 @@ class ModelConfig(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ParamInfo:
-    """Shape, dtype and one logical axis name a dimension of a parameter."""
+    """Shape, dtype and one logical axis name a dimension of a parameter.
+
+    What is not `trained` is the model's own state: it has no gradient, and only the step itself
+    changes it (`layers.parameter.ModelState`).
+    """
 
     shape: tuple[int, ...]
     dtype: jnp.dtype
     logical_axes: tuple[str | None, ...]
+    trained: bool = True
 
 
 def _initialise(key: jax.Array, path: Iterable[Any], variable: nnx.Variable) -> jax.Array:
@@ -56,7 +63,7 @@ class ModelDef:
     Attributes:
       config: what it was built from.
       param_info: nested dict of `ParamInfo`, of the structure of the parameters.
-      num_params: number of scalars in them.
+      num_params: number of scalars in them that are trained.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -67,10 +74,11 @@ class ModelDef:
                 variable.get_value().shape,
                 jnp.dtype(variable.get_value().dtype),
                 tuple(variable.logical_axes),
+                trained=not isinstance(variable, ModelState),
             )
         )
         leaves = jax.tree.leaves(self.param_info, is_leaf=lambda x: isinstance(x, ParamInfo))
-        self.num_params = sum(math.prod(leaf.shape) for leaf in leaves)
+        self.num_params = sum(math.prod(leaf.shape) for leaf in leaves if leaf.trained)
 
     def _nest(self, function: Any) -> dict[str, Any]:
         """Nested dict of `function(path, variable)` over the parameters."""

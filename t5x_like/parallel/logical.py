@@ -117,6 +117,12 @@ class Rules:
             entries.append(free[0] if len(free) == 1 else tuple(free) or None)
         return PartitionSpec(*entries)
 
+    def axes_of(
+        self, logical: str, *, table: Literal["storage", "compute"]
+    ) -> tuple[str, ...]:
+        """Returns the mesh axes that the rule of a logical axis names, major first."""
+        return self._mesh_axes(logical, table=table, name="an array")
+
     def _mesh_axes(self, logical: str | None, *, table: str, name: str) -> tuple[str, ...]:
         if logical is None:
             return ()
@@ -160,6 +166,11 @@ def use_rules(mesh: Mesh, rules: Rules) -> Iterator[None]:
         yield
     finally:
         _ACTIVE.reset(token)
+
+
+def active_mesh() -> tuple[Mesh, Rules] | None:
+    """The mesh and rules of the enclosing `use_rules`, if any."""
+    return _ACTIVE.get()
 
 
 def constrain(
