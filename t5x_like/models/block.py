@@ -24,6 +24,7 @@ from t5x_like.layers.checks import (
 )
 from t5x_like.layers.dropout import dropout, fold_key
 from t5x_like.layers.mlp import MlpConfig
+from t5x_like.layers.moe.layer import Auxiliary, MoeConfig
 from t5x_like.layers.norms import Norm, NormConfig
 from t5x_like.layers.positions import RelativePositions, RelativePositionsConfig
 from t5x_like.parallel.logical import constrain
@@ -51,7 +52,7 @@ class BlockConfig:
 
     embed_dim: int
     attention: AttentionConfig
-    mlp: MlpConfig
+    mlp: MlpConfig | MoeConfig
     norm: NormConfig = NormConfig()
     cross_attention: AttentionConfig | None = None
     norm_placement: Literal["pre", "post", "sandwich"] = "pre"
@@ -64,7 +65,7 @@ class BlockConfig:
         check_positive_ints(self, "embed_dim")
         check_instance(self, "attention", AttentionConfig)
         check_instance(self, "cross_attention", AttentionConfig, type(None))
-        check_instance(self, "mlp", MlpConfig)
+        check_instance(self, "mlp", MlpConfig, MoeConfig)
         check_instance(self, "norm", NormConfig)
         check_choice(self, "norm_placement", ("pre", "post", "sandwich"))
         check_choice(self, "residual", ("sequential", "parallel", "parallel_shared_norm"))
@@ -105,6 +106,11 @@ class Block(nnx.Module):
             raise UserError(
                 f"BlockConfig.residual {config.residual!r} has no place for cross-attention; "
                 "use 'sequential' in an encoder-decoder"
+            )
+        if decoder and isinstance(config.mlp, MoeConfig) and not config.mlp.router.causal:
+            raise UserError(
+                f"{type(config.mlp.router).__name__} looks at later tokens, so that a decoder "
+                "would see what it is to predict; use it in encoder blocks only"
             )
         self.self_name = "self_attention" if decoder else "attention"
         width: dict[str, Any] = {"embed_dim": config.embed_dim, "dtype": dtype}
@@ -150,9 +156,14 @@ class Block(nnx.Module):
         global_bias: RelativeBias | None = None,
         context: Float[Array, "batch key embed"] | None = None,
         context_mask: AttentionMask | None = None,
+        token_ids: Int[Array, "batch query"] | None = None,
         dropout_key: jax.Array | None = None,
-    ) -> Float[Array, "batch query embed"]:
-        """Runs the block; `relative_bias` is that of the stack, unless the block has its own."""
+    ) -> tuple[Float[Array, "batch query embed"], Auxiliary | None]:
+        """Runs the block; `relative_bias` is that of the stack, unless the block has its own.
+
+        The second result is what a mixture of experts says of itself, None of a dense MLP.
+        """
+        auxiliary: Auxiliary | None = None
         rate = self.config.dropout_rate
         broadcast_dims = (-2,) if self.config.broadcast_dropout else ()
         inner: dict[str, Any] = {"dropout_rate": rate, "broadcast_dims": broadcast_dims}
@@ -178,7 +189,12 @@ class Block(nnx.Module):
             return attend(y, context, mask=context_mask, dropout_key=keys[2], **inner)
 
         def feed_forward(y: jax.Array) -> jax.Array:
-            return self.mlp(y, dropout_key=keys[4], **inner)
+            nonlocal auxiliary
+            if isinstance(self.config.mlp, MlpConfig):
+                return self.mlp(y, dropout_key=keys[4], **inner)
+            more = {"real": mask.key_valid, "token_ids": token_ids}
+            y, auxiliary = self.mlp(y, dropout_key=keys[4], **inner, **more)
+            return y
 
         def drop(y: jax.Array, key: jax.Array | None) -> jax.Array:
             return dropout(y, rate=rate, key=key, broadcast_dims=broadcast_dims)
@@ -188,11 +204,12 @@ class Block(nnx.Module):
             shared = self.config.residual == "parallel_shared_norm"
             z = y if shared else self._norm("pre_mlp", x)
             x = x + drop(attend_self(y), keys[1]) + drop(feed_forward(z), keys[5])
-            return constrain(x, ("batch", "length", "embed"))
+            return constrain(x, ("batch", "length", "embed")), auxiliary
         x = self._branch(self.self_name, attend_self, x, drop, keys[1])
         if self.cross_attention:
             x = self._branch("cross_attention", attend_context, x, drop, keys[3])
-        return self._branch("mlp", feed_forward, x, drop, keys[5])
+        x = self._branch("mlp", feed_forward, x, drop, keys[5])
+        return x, auxiliary
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         norm: Norm = getattr(self, f"{name}_layer_norm")

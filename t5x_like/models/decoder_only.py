@@ -60,6 +60,7 @@ class DecoderOnly(Transformer):
                 key_valid=batch["decoder_target_tokens"] > 0,
                 prefix=batch.get("decoder_causal_attention"),
             ),
+            token_ids=batch["decoder_input_tokens"],
             dropout_key=dropout_key,
         )
         return self.to_logits(x)

@@ -101,7 +101,9 @@ class EncoderDecoder(Transformer):
         )
         prefix = "" if self.config.share_embeddings else "encoder_"
         x = self.embed(tokens, positions, prefix=prefix)
-        return self.encoder(x, mask=mask, positions=positions, dropout_key=dropout_key)
+        return self.encoder(
+            x, mask=mask, positions=positions, token_ids=tokens, dropout_key=dropout_key
+        )
 
     def decode(
         self,
@@ -128,6 +130,7 @@ class EncoderDecoder(Transformer):
                 key_segments=batch.get("encoder_segment_ids"),
                 key_valid=batch["encoder_input_tokens"] > 0,
             ),
+            token_ids=batch["decoder_input_tokens"],
             dropout_key=dropout_key,
         )
         return self.to_logits(x)

@@ -19,6 +19,7 @@ from t5x_like.errors import UserError, did_you_mean
 from t5x_like.kernels.attention import AttentionMask
 from t5x_like.layers.dropout import dropout, fold_key
 from t5x_like.layers.linear import Linear
+from t5x_like.layers.moe.layer import Auxiliary
 from t5x_like.layers.norms import Norm
 from t5x_like.layers.parameter import stack_parameters
 from t5x_like.layers.positions import RelativePositions, RelativePositionsConfig
@@ -35,14 +36,17 @@ SAVEABLE_NAMES = (
     "attention_out",
     "mlp_in",
     "mlp_out",
+    "grouped_product",
     "dropout_mask",
 )
 _save_names = jax.checkpoint_policies.save_only_these_names
 _POLICIES: dict[str, Callable[..., Any]] = {
     "none": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_saveable, _save_names("attention_weights", "dropout_mask")
+        jax.checkpoint_policies.dots_saveable, _save_names("attention_weights", "dropout_mask", "grouped_product")
     ),
-    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_saveable, _save_names("grouped_product")
+    ),
     "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -94,15 +98,23 @@ def group_sizes(period: int, num_layers: int) -> tuple[tuple[int, int], ...]:
     return tuple((n, r) for n, r in ((period, repeats), (left, 1)) if n and r)
 
 
-def layer_slots(block: Pattern, num_layers: int) -> list[tuple[str, int]]:
+def layer_slots(
+    block: Pattern, num_layers: int, leading: tuple[BlockConfig, ...] = ()
+) -> list[tuple[str, int]]:
     """Where in a stack's parameters every layer is: (path, index on the leading axis).
 
-    `layers` holds a stack of one kind of block; a pattern has a path for each of its blocks:
+    `layers` holds a stack of one kind of block; a pattern has a path for each of its blocks, and
+    so have the blocks that come before the pattern:
 
     >>> layer_slots((local, full), 5)
     [('group_0/block_0', 0), ('group_0/block_1', 0), ('group_0/block_0', 1),
      ('group_0/block_1', 1), ('group_1/block_0', 0)]
+    >>> layer_slots(sparse, 3, leading=(dense,))
+    [('leading/block_0', 0), ('layers', 0), ('layers', 1)]
     """
+    if leading:
+        first = [(f"leading/block_{i}", 0) for i in range(len(leading))]
+        return first + layer_slots(block, num_layers - len(leading))
     period = len(as_pattern(block))
     if period == 1:
         return [("layers", index) for index in range(num_layers)]
@@ -145,12 +157,19 @@ class Stack(nnx.Module):
         dtype: jnp.dtype,
         remat: str,
         scan_unroll: int,
+        leading: tuple[BlockConfig, ...] = (),
     ) -> None:
         pattern = as_pattern(block)
+        if len(leading) >= num_layers:
+            raise UserError(
+                f"TransformerConfig.leading_blocks has {len(leading)} blocks and a stack "
+                f"{num_layers} layers: leave at least one for `block`"
+            )
         self.block, self.decoder = pattern[0], decoder
         self.remat, self.scan_unroll = remat, scan_unroll
         self.is_pattern = len(pattern) > 1
-        self.groups = group_sizes(len(pattern), num_layers)
+        self.groups = group_sizes(len(pattern), num_layers - len(leading))
+        self.num_leading = len(leading)
         per_layer = relative_positions is not None and relative_positions.per_layer
 
         def build(config: BlockConfig) -> Block:
@@ -163,11 +182,14 @@ class Stack(nnx.Module):
                 dtype=dtype,
             )
 
+        if leading:
+            group = BlockGroup([build(config) for config in leading])
+            self.leading = stack_parameters(group, num_layers=1)
         for index, (blocks, repeats) in enumerate(self.groups):
             built = [build(config) for config in pattern[:blocks]]
             group = BlockGroup(built) if self.is_pattern else built[0]
             setattr(self, self._group_name(index), stack_parameters(group, num_layers=repeats))
-        self._add_tables(pattern, relative_positions, per_layer=per_layer, dtype=dtype)
+        self._add_tables((*leading, *pattern), relative_positions, per_layer=per_layer, dtype=dtype)
         if self.block.norm_placement != "post":
             norm = Norm(self.block.norm, embed_dim=self.block.embed_dim, dtype=dtype)
             setattr(self, self._norm_name(), norm)
@@ -212,11 +234,13 @@ class Stack(nnx.Module):
         positions: Int[Array, "batch length"] | None = None,
         context: Float[Array, "batch key embed"] | None = None,
         context_mask: AttentionMask | None = None,
+        token_ids: Int[Array, "batch length"] | None = None,
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "batch length embed"]:
         """Dropout of the embedded input, the blocks, the final norm and its dropout.
 
-        Layer l draws its dropout from `fold_in(dropout_key, l)`.
+        Layer l draws its dropout from `fold_in(dropout_key, l)`. What mixtures of experts say of
+        themselves is left in `auxiliary`, by the path of the layers in the stack.
         """
         rate, broadcast = self.block.dropout_rate, self.block.broadcast_dropout
         shared = (-2,) if broadcast else ()
@@ -228,18 +252,32 @@ class Stack(nnx.Module):
             "relative_bias": self.relpos_bias() if hasattr(self, "relpos_bias") else None,
             "context": context,
             "context_mask": context_mask,
+            "token_ids": token_ids,
         }
         if hasattr(self, "global_relpos_bias"):
             inputs["global_bias"] = self.global_relpos_bias()
-        first = 0
-        for index, (blocks, repeats) in enumerate(self.groups):
-            group = getattr(self, self._group_name(index))
-            x = self._run(group, x, first=first, repeats=repeats, key=key_layers, inputs=inputs)
+        first, auxiliary = 0, {}
+        for name, (blocks, repeats) in self._layer_groups():
+            group = getattr(self, name)
+            x, of_blocks = self._run(
+                group, x, first=first, repeats=repeats, key=key_layers, inputs=inputs
+            )
+            for i, of_block in enumerate(of_blocks):
+                if of_block is not None:
+                    path = name if isinstance(group, Block) else f"{name}/block_{i}"
+                    auxiliary[path] = of_block
             first += blocks * repeats
+        if auxiliary:
+            self.auxiliary = nnx.Intermediate(auxiliary)
         if hasattr(self, self._norm_name()):
             x = getattr(self, self._norm_name())(x)
         # T5X shares the last draw among positions in the decoder, but not in the encoder.
         return dropout(x, rate=rate, key=key_out, broadcast_dims=shared if self.decoder else ())
+
+    def _layer_groups(self) -> list[tuple[str, tuple[int, int]]]:
+        """Name, blocks and repeats of the groups of layers, in the order in which they run."""
+        groups = [(self._group_name(i), sizes) for i, sizes in enumerate(self.groups)]
+        return ([("leading", (self.num_leading, 1))] if self.num_leading else []) + groups
 
     def _run(
         self,
@@ -250,19 +288,26 @@ class Stack(nnx.Module):
         repeats: int,
         key: jax.Array | None,
         inputs: dict[str, Any],
-    ) -> jax.Array:
-        """Scans over the repeats of a group whose first layer is layer `first` of the stack."""
+    ) -> tuple[jax.Array, list[Auxiliary | None]]:
+        """Scans over the repeats of a group whose first layer is layer `first` of the stack.
+
+        The second result has an element a block, with a leading dim for the repeats.
+        """
         graphdef, params = nnx.split(group)
         transform = remat_policy(self.remat)
         blocks = len(_blocks_of(group))
 
-        def run_group(x: jax.Array, scanned: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
+        def run_group(
+            x: jax.Array, scanned: tuple[Any, jax.Array]
+        ) -> tuple[jax.Array, list[Auxiliary | None]]:
             params, repeat = scanned
+            auxiliary = []
             for i, block in enumerate(_blocks_of(nnx.merge(graphdef, params))):
                 layer = first + repeat * blocks + i
-                x = block(x, dropout_key=fold_key(key, layer), **inputs)
-            return x, None
+                x, of_block = block(x, dropout_key=fold_key(key, layer), **inputs)
+                auxiliary.append(of_block)
+            return x, auxiliary
 
         scanned = (params, jnp.arange(repeats))
         unroll = min(self.scan_unroll, repeats)
-        return jax.lax.scan(transform(run_group), x, scanned, unroll=unroll)[0]
+        return jax.lax.scan(transform(run_group), x, scanned, unroll=unroll)

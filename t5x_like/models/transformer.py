@@ -49,6 +49,8 @@ class TransformerConfig:
     Attributes:
       vocab_size: rows of the token table.
       block: the shape of every block, or of each block of a pattern that repeats over the depth.
+      leading_blocks: other blocks for the first layers of a stack, before the pattern begins
+        (DeepSeek's dense layers).
       positions: relative (in every self-attention), learned or sinusoidal, or None; rotary and
         others that belong to a layer are `AttentionConfig.positions`.
       logits: `dense` has an output kernel of its own (T5 1.1); `tied` multiplies with the token
@@ -67,6 +69,7 @@ class TransformerConfig:
 
     vocab_size: int
     block: Pattern
+    leading_blocks: tuple[BlockConfig, ...] = ()
     positions: (
         RelativePositionsConfig | LearnedPositionsConfig | SinusoidalPositionsConfig | None
     ) = None
@@ -83,6 +86,14 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         check_positive_ints(self, "vocab_size", "scan_unroll")
         self._check_pattern("block")
+        if self.leading_blocks:
+            self._check_pattern("leading_blocks")
+            widths = self.leading_blocks[0].embed_dim, self.first_block.embed_dim
+            if widths[0] != widths[1]:
+                raise UserError(
+                    f"{type(self).__name__}.leading_blocks has embed_dim {widths[0]} and block "
+                    f"{widths[1]}; make them equal"
+                )
         kinds = (RelativePositionsConfig, LearnedPositionsConfig, SinusoidalPositionsConfig)
         check_instance(self, "positions", *kinds, type(None))
         check_choice(self, "logits", ("dense", "tied", "tied_rescaled"))
@@ -192,6 +203,7 @@ class Transformer(nnx.Module):
             dtype=self.dtype,
             remat=config.remat,
             scan_unroll=config.scan_unroll,
+            leading=config.leading_blocks,
         )
         if decoder and config.logits == "dense":
             shape = (config.first_block.embed_dim, config.vocab_size)

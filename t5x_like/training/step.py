@@ -14,7 +14,14 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from t5x_like.errors import UserError
 from t5x_like.models.base import ModelDef
+from t5x_like.objectives.auxiliary import (
+    auxiliaries_of,
+    auxiliary_loss,
+    auxiliary_metrics,
+    load_metrics,
+)
 from t5x_like.parallel.logical import Rules, batch_sharding, constrain, use_rules
+from t5x_like.training.balance import bias_rates, rebalance
 from t5x_like.training.optimizers.base import Optimizer
 from t5x_like.training.schedules import Schedule
 from t5x_like.training.state import TrainState
@@ -59,6 +66,7 @@ def make_train_step(
 
     Loss and gradients are sums over all tokens of the global batch, divided once by the
     objective's normalizer of the whole batch, so microbatches and devices do not change them.
+    Auxiliary losses of experts are added as `objectives.auxiliary` says, and balance biases moved.
     `key` is the run's; the step folds its number and that of the microbatch into it.
 
     Args:
@@ -77,25 +85,31 @@ def make_train_step(
       in `grad_norm`, so one scalar tells.)
     """
 
+    balance_rates = bias_rates(model_def)
+
     def train_step(
         state: TrainState, batch: Batch, key: PRNGKeyArray
     ) -> tuple[TrainState, Metrics]:
         trained, frozen = optimizer.split(state.params)
+        normalizer = objective.normalizer(batch).astype(jnp.float32)
+        divisor = jnp.where(normalizer == 0, 1.0, normalizer)  # a batch of padding changes nothing
         grad_info = optimizer.split(model_def.param_info)[0]
 
         def summed_grads(rows: Batch, dropout_key: PRNGKeyArray) -> tuple[PyTree, Any, Any]:
-            def loss(trained: PyTree) -> tuple[Array, SummedMetrics]:
+            def loss(trained: PyTree) -> tuple[Array, tuple[SummedMetrics, Any]]:
                 module = model_def.bind(optimizer.merge(trained, frozen))
-                return objective.loss(module, rows, dropout_key=dropout_key)
+                value, metrics = objective.loss(module, rows, dropout_key=dropout_key)
+                auxiliaries = auxiliaries_of(module)
+                loads = {path: a.load for path, a in auxiliaries.items()}
+                metrics = {**metrics, **auxiliary_metrics(auxiliaries)}
+                return value + auxiliary_loss(auxiliaries, batch, divisor=divisor), (metrics, loads)
 
-            (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trained)
-            return _like_stored(grads, grad_info), value, metrics
+            (value, others), grads = jax.value_and_grad(loss, has_aux=True)(trained)
+            return _like_stored(grads, grad_info), value, others
 
         step_key = jax.random.fold_in(key, state.step)
         sums = _accumulate(summed_grads, batch, step_key, step_config.microbatches)
-        normalizer = objective.normalizer(batch).astype(jnp.float32)
-        divisor = jnp.where(normalizer == 0, 1.0, normalizer)  # a batch of padding changes nothing
-        grads, loss, summed = sums
+        grads, loss, (summed, loads) = sums
         grads = jax.tree.map(lambda g: g / divisor, grads)
 
         grad_norm = optax.tree.norm(grads)
@@ -112,8 +126,11 @@ def make_train_step(
                 (trained, state.opt_state),
             )
         params = optimizer.merge(new_trained, frozen)
+        skipped = jnp.logical_and(step_config.skip_nonfinite, ~finite)
+        params = rebalance(params, loads, balance_rates, keep=skipped)
         metrics = {
             **mean_metrics(summed),
+            **load_metrics(loads),
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(params),
@@ -129,8 +146,12 @@ def make_eval_step(model_def: ModelDef, objective: Any) -> EvalStep:
     """Returns (params, batch) -> metrics as (sum, weight), without dropout; pure."""
 
     def eval_step(params: PyTree, batch: Batch) -> SummedMetrics:
-        _, metrics = objective.loss(model_def.bind(params), batch, dropout_key=None)
-        return metrics
+        module = model_def.bind(params)
+        _, metrics = objective.loss(module, batch, dropout_key=None)
+        auxiliaries = auxiliaries_of(module)
+        loads = load_metrics({path: a.load for path, a in auxiliaries.items()})
+        of_batch = {name: (value, jnp.float32(1)) for name, value in loads.items()}
+        return {**metrics, **auxiliary_metrics(auxiliaries), **of_batch}
 
     return eval_step
 

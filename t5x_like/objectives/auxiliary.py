@@ -1,0 +1,84 @@
+"""What mixtures of experts add to a loss and to its metrics, whatever the objective.
+
+An auxiliary loss is a mean over the real tokens of the global batch and over the layers that have
+experts, those of encoder and decoder alike, added to the normalised loss (as T5X does). Every
+layer gives it as a sum over tokens, and the number of tokens of the global batch is known before
+any of it is computed: so microbatches and devices only add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from t5x_like.layers.moe.layer import Auxiliary
+
+Auxiliaries = dict[str, Auxiliary]
+SummedMetrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
+
+# The tokens that a stack works on: where they are above 0 there is no padding.
+STACK_TOKENS = {"encoder": "encoder_input_tokens", "decoder": "decoder_target_tokens"}
+
+
+def auxiliaries_of(module: Any) -> Auxiliaries:
+    """What the layers of a called model left, by path (`decoder/layers`); a dense one has none.
+
+    Every array has a leading dim, the layers that share the path.
+    """
+    found = {}
+    for stack in STACK_TOKENS:
+        left = getattr(getattr(module, stack, None), "auxiliary", None)
+        for path, auxiliary in ({} if left is None else left.get_value()).items():
+            found[f"{stack}/{path}"] = auxiliary
+    return found
+
+
+def auxiliary_loss(
+    auxiliaries: Auxiliaries, whole_batch: Mapping[str, Array], *, divisor: Float[Array, ""]
+) -> Float[Array, ""]:
+    """The part of a microbatch in `divisor` times the mean auxiliary loss of the global batch.
+
+    Args:
+      auxiliaries: of the microbatch.
+      whole_batch: the global batch.
+      divisor: what the caller will divide the summed loss of all microbatches by.
+    """
+    total = jnp.float32(0)
+    num_layers = sum(len(auxiliary.load) for auxiliary in auxiliaries.values())
+    for path, auxiliary in auxiliaries.items():
+        tokens = jnp.sum(whole_batch[STACK_TOKENS[path.split("/")[0]]] > 0)
+        loss = jnp.sum(auxiliary.sums["auxiliary_loss"][0])
+        total += loss * (divisor / (jnp.maximum(tokens, 1) * num_layers))
+    return total
+
+
+def auxiliary_metrics(auxiliaries: Auxiliaries) -> SummedMetrics:
+    """Metrics as (sum, weight), over all layers (`moe/NAME`) and by path (`moe/PATH/NAME`)."""
+    metrics: SummedMetrics = {}
+    for path, auxiliary in auxiliaries.items():
+        for name, pair in auxiliary.sums.items():
+            total, weight = (jnp.sum(part) for part in jax.lax.stop_gradient(pair))
+            for key in {f"moe/{name}", f"moe/{path}/{name}"}:
+                before = metrics.get(key, (jnp.float32(0), jnp.float32(0)))
+                metrics[key] = (before[0] + total, before[1] + weight)
+    return metrics
+
+
+def load_metrics(loads: Mapping[str, Float[Array, "layers experts"]]) -> dict[str, Array]:
+    """`max_expert_load`, the largest load over the mean: the mean over layers, and by path.
+
+    Of loads that are summed over the global batch: a maximum does not add up.
+    """
+    ratios = {
+        path: jnp.max(load, axis=1) / jnp.maximum(jnp.mean(load, axis=1), 1e-9)
+        for path, load in loads.items()
+    }
+    if not ratios:
+        return {}
+    metrics = {f"moe/{path}/max_expert_load": jnp.mean(r) for path, r in ratios.items()}
+    every = jnp.concatenate(list(ratios.values()))
+    return {"moe/max_expert_load": jnp.mean(every), **metrics}
