@@ -23,7 +23,7 @@ from t5x_like.layers.checks import (
     check_positive_ints,
 )
 from t5x_like.layers.dropout import dropout, fold_key
-from t5x_like.layers.mlp import MlpConfig
+from t5x_like.layers.mlp import Mlp, MlpConfig
 from t5x_like.layers.moe.layer import Auxiliary, MoeConfig
 from t5x_like.layers.norms import Norm, NormConfig
 from t5x_like.layers.positions import RelativePositions, RelativePositionsConfig
@@ -190,10 +190,10 @@ class Block(nnx.Module):
 
         def feed_forward(y: jax.Array) -> jax.Array:
             nonlocal auxiliary
-            if isinstance(self.config.mlp, MlpConfig):
+            if isinstance(self.mlp, Mlp):
                 return self.mlp(y, dropout_key=keys[4], **inner)
-            more = {"real": mask.key_valid, "token_ids": token_ids}
-            y, auxiliary = self.mlp(y, dropout_key=keys[4], **inner, **more)
+            inputs = inner | {"real": mask.key_valid, "token_ids": token_ids}
+            y, auxiliary = self.mlp(y, dropout_key=keys[4], **inputs)
             return y
 
         def drop(y: jax.Array, key: jax.Array | None) -> jax.Array:

@@ -42,7 +42,8 @@ SAVEABLE_NAMES = (
 _save_names = jax.checkpoint_policies.save_only_these_names
 _POLICIES: dict[str, Callable[..., Any]] = {
     "none": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_saveable, _save_names("attention_weights", "dropout_mask", "grouped_product")
+        jax.checkpoint_policies.dots_saveable,
+        _save_names("attention_weights", "dropout_mask", "grouped_product"),
     ),
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_saveable, _save_names("grouped_product")
@@ -183,8 +184,8 @@ class Stack(nnx.Module):
             )
 
         if leading:
-            group = BlockGroup([build(config) for config in leading])
-            self.leading = stack_parameters(group, num_layers=1)
+            first = BlockGroup([build(config) for config in leading])
+            self.leading = stack_parameters(first, num_layers=1)
         for index, (blocks, repeats) in enumerate(self.groups):
             built = [build(config) for config in pattern[:blocks]]
             group = BlockGroup(built) if self.is_pattern else built[0]

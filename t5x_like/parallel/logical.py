@@ -117,9 +117,7 @@ class Rules:
             entries.append(free[0] if len(free) == 1 else tuple(free) or None)
         return PartitionSpec(*entries)
 
-    def axes_of(
-        self, logical: str, *, table: Literal["storage", "compute"]
-    ) -> tuple[str, ...]:
+    def axes_of(self, logical: str, *, table: Literal["storage", "compute"]) -> tuple[str, ...]:
         """Returns the mesh axes that the rule of a logical axis names, major first."""
         return self._mesh_axes(logical, table=table, name="an array")
 

@@ -3,7 +3,9 @@
 Rule: matmul FLOPs of the forward pass, times three for a training step. A matmul of [m, k] by
 [k, n] is 2*m*k*n. Attention scores and values are counted over half of the square where attention
 is causal. Every position of the batch counts, padding included. Rematerialised work, embedding
-look-ups, norms and softmax do not count. A window counts the pairs inside it. MFU = FLOPs / (seconds * devices * dense peak).
+look-ups, norms and softmax do not count. A window counts the pairs inside it. Of experts the
+active ones count: k of a token, whether they find room or not; their router counts too.
+MFU = FLOPs / (seconds * devices * dense peak).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 
 from t5x_like.layers.attention import Attention, AttentionConfig
 from t5x_like.layers.linear import Linear
+from t5x_like.layers.moe.layer import Moe
 from t5x_like.models.base import ModelDef
 
 # Dense peak in FLOP/s of one JAX device, by a substring of `device.device_kind` (vendors' data
@@ -62,6 +65,8 @@ def forward_flops(model_def: ModelDef, batch_shapes: Mapping[str, tuple[int, ...
         if isinstance(module, Linear):
             weights = math.prod(module.kernel.get_value().shape)
             total += 2.0 * sizes.rows(path) * weights
+        elif isinstance(module, Moe):
+            total += 2.0 * sizes.rows(path) * _active_weights(module)
         elif isinstance(module, Attention):
             query = module.query.kernel
             stacked = query.get_value().shape[0] if query.logical_axes[0] == "layers" else 1
@@ -72,6 +77,15 @@ def forward_flops(model_def: ModelDef, batch_shapes: Mapping[str, tuple[int, ...
         table = model_def.param_info["token_embedder"]["embedding"]
         total += 2.0 * sizes.outputs * math.prod(table.shape)
     return total
+
+
+def _active_weights(module: Moe) -> float:
+    """Weights that a token is multiplied with: its experts' and the router's."""
+    share = module.config.active_experts / module.config.num_experts
+    kernels = [linear.kernel for linear in module.experts.linears().values()]
+    experts = share * sum(math.prod(kernel.get_value().shape) for kernel in kernels)
+    router = getattr(module.router, "kernel", None)
+    return experts + (0 if router is None else math.prod(router.get_value().shape))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

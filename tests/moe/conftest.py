@@ -73,4 +73,4 @@ def random_input(rows: int = 2, length: int = 8, seed: int = 0) -> tuple[Any, An
 def call(model: ModelDef, params: Any, x: Any, real: Any, ids: Any, **settings: Any) -> Any:
     """Runs a layer without dropout, or as `settings` say."""
     plain = {"dropout_rate": 0.0, "dropout_key": None, "broadcast_dims": ()}
-    return model.bind(params)(x, real=real, token_ids=ids, **{**plain, **settings})
+    return model.bind(params)(jnp.asarray(x), real=real, token_ids=ids, **{**plain, **settings})

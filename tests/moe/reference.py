@@ -44,7 +44,9 @@ def choose(config: MoeConfig, params: Any, token: Any) -> list[int]:
     router = config.router
     values = [float(s) for s in scores_of(config, params, token)[1]]
     if isinstance(router, SigmoidRouter):
-        values = [v + float(b) for v, b in zip(values, params["router"]["balance_bias"])]
+        values = [
+            v + float(b) for v, b in zip(values, params["router"]["balance_bias"], strict=True)
+        ]
     size = config.num_experts // router.num_groups
     groups = [values[i * size : (i + 1) * size] for i in range(router.num_groups)]
     top = 2 if isinstance(router, SigmoidRouter) else 1
@@ -72,10 +74,8 @@ def decide(config: MoeConfig, params: Any, x: Any, real: Any, ids: Any) -> dict[
                     kept += limited(config, group, len(tokens))
                 continue
             if isinstance(router, HashRouter):
-                experts = {
-                    t: [int(hash_expert(ids[row, t], num_experts=config.num_experts, seed=router.seed))]
-                    for t in tokens
-                }
+                hashed = hash_expert(ids[row], num_experts=config.num_experts, seed=router.seed)
+                experts = {t: [int(hashed[t])] for t in tokens}
                 k = 1
             else:
                 experts, k = {t: choose(config, params, x[row, t]) for t in tokens}, router.k
@@ -124,8 +124,10 @@ def run(config: MoeConfig, params: Any, x: Any, real: Any, decisions: dict[str, 
     }
     outputs = {}
     if config.shared_expert is not None:
+
         def shared(name: str, v: Any) -> Any:
             return v @ params["shared"][name]["kernel"]
+
     for row in range(x.shape[0]):
         for t in range(x.shape[1]):
             outputs[row, t] = jnp.zeros(x.shape[2])
@@ -135,9 +137,11 @@ def run(config: MoeConfig, params: Any, x: Any, real: Any, decisions: dict[str, 
     for row, _, t, e, _ in decisions["chosen"]:
         by_token.setdefault((row, t), []).append(e)
     for row, _, t, e, _ in decisions["kept"]:
+
         def linear(name: str, v: Any, e: int = e) -> Any:
             y = v @ experts[name]["kernel"][e]
             return y + experts[name]["bias"][e] if "bias" in experts[name] else y
+
         y = feed_forward(config.expert, linear, x[row, t])
         outputs[row, t] += weight(config, scores, (row, t), e, by_token[row, t]) * y
     y = jnp.stack([jnp.stack([outputs[r, t] for t in range(x.shape[1])]) for r in range(len(x))])

@@ -77,9 +77,11 @@ def test_like_one_device(one_device, degrees):
     for path, expected in jax.tree.leaves_with_path(one_device):
         value: Any = actual
         for key in path:
-            value = getattr(value, key.name) if hasattr(key, "name") else value[
-                key.idx if hasattr(key, "idx") else key.key
-            ]
+            value = (
+                getattr(value, key.name)
+                if hasattr(key, "name")
+                else value[key.idx if hasattr(key, "idx") else key.key]
+            )
         bound = 1e-5 * max(1.0, float(np.max(np.abs(expected))))
         message = jax.tree_util.keystr(path)
         np.testing.assert_allclose(value, expected, rtol=0, atol=bound, err_msg=message)

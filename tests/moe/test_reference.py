@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -100,12 +101,12 @@ def test_every_dispatcher_is_the_loop(case):
 
     for name, actual in run(params, x).items():
         wanted = expected["capacity_dropping" if name == "capacity_dropping" else "dense"]
-        jax.tree.map(lambda a, e: close(a, e, name), actual, wanted)
+        jax.tree.map(functools.partial(close, name), actual, wanted)
     # An expert that chooses twice its share of tokens loses half of them to a capacity of one.
     assert expected["capacity_dropping"][2] > 0
 
 
-def close(actual: Any, expected: Any, name: str) -> None:
+def close(name: str, actual: Any, expected: Any) -> None:
     """1e-6 of the largest element, as float32 has it."""
     bound = 1e-6 * max(1.0, float(np.max(np.abs(expected))))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=bound, err_msg=name)

@@ -25,12 +25,15 @@ from t5x_like.objectives.auxiliary import STACK_TOKENS, auxiliaries_of
 from t5x_like.objectives.causal_lm import CausalLm
 from t5x_like.objectives.seq2seq import Seq2Seq
 from t5x_like.parallel.mesh import MeshConfig
+from t5x_like.training.flops import forward_flops
 from t5x_like.training.optimizers.adamw import AdamWConfig
 from t5x_like.training.state import init_state, state_shardings
 from t5x_like.training.step import StepConfig, jit_train_step, make_eval_step, make_train_step
 
 from .conftest import RULES
 
+ENCODER_ROUTER = "encoder/layers/mlp/router"
+DECODER_ROUTER = "decoder/group_0/block_1/mlp/router"
 B1 = 0.9
 OPTIMIZER = AdamWConfig(b1=B1)
 ATTENTION = AttentionConfig(num_heads=2, head_dim=4)
@@ -51,17 +54,18 @@ DEEPSEEK = sparse(
 )
 
 
-def seq2seq_model(block: BlockConfig) -> ModelDef:
-    return ModelDef(
-        EncoderDecoderConfig(
-            vocab_size=64,
-            num_encoder_layers=2,
-            num_decoder_layers=3,
-            block=(DENSE, block),
-            positions=RelativePositionsConfig(),
-            dtype="float32",
-        )
+# Both in one model, to compile fewer of them: a pattern with dense blocks on one side.
+MODEL = ModelDef(
+    EncoderDecoderConfig(
+        vocab_size=64,
+        num_encoder_layers=1,
+        num_decoder_layers=2,
+        encoder_block=DEEPSEEK,
+        block=(DENSE, SWITCH),
+        positions=RelativePositionsConfig(),
+        dtype="float32",
     )
+)
 
 
 def decoder_model(block: BlockConfig) -> ModelDef:
@@ -99,16 +103,13 @@ def one_device() -> Any:
     return MeshConfig().build(jax.devices()[:1])
 
 
-def first_step(model: ModelDef, arrays: Any, microbatches: int = 1) -> tuple[Any, Any, Any]:
+def first_step(arrays: Any, microbatches: int = 1, model: ModelDef = MODEL) -> tuple[Any, Any, Any]:
     """Gradients, metrics and parameters of the first step."""
     step, state = trainer(model, Seq2Seq(), one_device(), microbatches)
     state, metrics = step(jax.tree.map(jnp.copy, state), arrays, jax.random.key(1))
     # After one step, Adam's first moment is (1 - b1) times the gradient.
     grads = jax.tree.map(lambda m: np.asarray(m) / (1 - B1), state.opt_state.mu)
     return grads, jax.device_get(metrics), jax.device_get(state.params)
-
-
-SWITCH_MODEL, DEEPSEEK_MODEL = seq2seq_model(SWITCH), seq2seq_model(DEEPSEEK)
 
 
 def assert_close(actual: Any, expected: Any) -> None:
@@ -121,72 +122,90 @@ def assert_close(actual: Any, expected: Any) -> None:
     jax.tree.map(check, actual, expected)
 
 
-@pytest.mark.parametrize("model", [SWITCH_MODEL, DEEPSEEK_MODEL], ids=["switch", "deepseek"])
-def test_microbatches_change_nothing(model):
-    grads, metrics, params = first_step(model, batch())
+@pytest.fixture(scope="module")
+def whole() -> tuple[Any, Any, Any]:
+    """The step that computes the batch at once."""
+    return first_step(batch())
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_microbatches_change_nothing(whole, microbatches):
+    grads, metrics, params = whole
     assert metrics["moe/auxiliary_loss"] > 0.1
-    router = grads["decoder"]["group_0"]["block_1"]["mlp"]["router"]["kernel"]
-    assert np.abs(router).max() > 1e-3
-    for microbatches in (2, 4):
-        more = first_step(model, batch(), microbatches)
-        assert_close(more[:2], (grads, metrics))
-        assert_close(biases(more[2]), biases(params))
+    for router in (ENCODER_ROUTER, DECODER_ROUTER):
+        assert np.abs(at(grads, router)["kernel"]).max() > 1e-3
+    more = first_step(batch(), microbatches)
+    assert_close(more[:2], (grads, metrics))
+    np.testing.assert_array_equal(bias_of(more[2]), bias_of(params))
 
 
-def test_auxiliary_loss_is_the_mean_over_tokens_and_layers():
+def test_auxiliary_loss_is_the_mean_over_tokens_and_layers(whole):
     """Its gradient is that of the loss that the metrics report, whatever the token loss is."""
     arrays = batch()
-    grads, metrics, _ = first_step(SWITCH_MODEL, arrays)
-    params = jax.device_get(trainer(SWITCH_MODEL, Seq2Seq(), one_device())[1].params)
     counts = {stack: np.sum(arrays[name] > 0) for stack, name in STACK_TOKENS.items()}
 
+    @jax.jit
+    @jax.value_and_grad
     def loss(params: Any) -> Any:
-        module = SWITCH_MODEL.bind(params)
-        objective = Seq2Seq()
+        module, objective = MODEL.bind(params), Seq2Seq()
         value, _ = objective.loss(module, arrays, dropout_key=jax.random.key(1))
-        per_layer = []
-        for path, auxiliary in auxiliaries_of(module).items():
-            total, tokens = auxiliary.sums["auxiliary_loss"]
-            np.testing.assert_array_equal(tokens, counts[path.split("/")[0]])
-            per_layer.append(total / tokens)
-        means = jnp.concatenate(per_layer)
-        assert len(means) == 2  # layer 1 of the encoder's two, layer 1 of the decoder's three
-        return value / objective.normalizer(arrays) + jnp.mean(means)
+        means = [
+            auxiliary.sums["auxiliary_loss"][0] / counts[path.split("/")[0]]
+            for path, auxiliary in auxiliaries_of(module).items()
+        ]
+        assert [len(mean) for mean in means] == [1, 1]  # a layer of the encoder, one of the decoder
+        return value / objective.normalizer(arrays) + jnp.mean(jnp.concatenate(means))
 
-    assert_close(grads, jax.grad(loss)(params))
-    assert {"moe/load_balance_loss", "moe/encoder/group_0/block_1/router_z_loss"} <= set(metrics)
+    value, grads = loss(initial_params())
+    assert not np.any(grads["encoder"]["layers"]["mlp"]["router"].pop("balance_bias"))
+    assert_close(whole[0], grads)
+    metrics = whole[1]
+    assert_close(value - metrics["loss"], metrics_mean(metrics, "auxiliary_loss"))
 
 
-@pytest.mark.parametrize("model", [SWITCH_MODEL, DEEPSEEK_MODEL], ids=["switch", "deepseek"])
-def test_padding_takes_no_capacity(model):
+def metrics_mean(metrics: Any, name: str) -> float:
+    """The mean over the two layers, which have different numbers of tokens."""
+    paths = ("encoder/layers", "decoder/group_0/block_1")
+    return float(np.mean([metrics[f"moe/{path}/{name}"] for path in paths]))
+
+
+def test_padding_takes_no_capacity(whole):
     """Rows twice as long with as many tokens: same loss, gradients, auxiliary values, drops."""
-    short = batch()
-    long = {n: np.pad(a, ((0, 0), (0, a.shape[1]))) for n, a in short.items()}
-    expected, actual = first_step(model, short), first_step(model, long)
-    if model is SWITCH_MODEL:
-        assert expected[1]["moe/dropped_fraction"] > 0.1
-    expected[1].pop("nonpadding_fraction"), actual[1].pop("nonpadding_fraction")
-    assert_close(actual[:2], expected[:2])
+    long = {n: np.pad(a, ((0, 0), (0, a.shape[1]))) for n, a in batch().items()}
+    grads, metrics, _ = first_step(long)
+    assert metrics["moe/dropped_fraction"] > 0.1
+    assert metrics["nonpadding_fraction"] < 0.4
+    assert_close(grads, whole[0])
+    assert_close(metrics, whole[1] | {"nonpadding_fraction": metrics["nonpadding_fraction"]})
 
 
-def biases(params: Any) -> Any:
-    flat = jax.tree.leaves_with_path(params)
-    return {jax.tree_util.keystr(p): x for p, x in flat if "balance_bias" in str(p)}
+def at(tree: Any, path: str) -> Any:
+    for name in path.split("/"):
+        tree = tree[name]
+    return tree
 
 
-def test_bias_moves_against_the_load_of_the_whole_batch():
-    _, metrics, params = first_step(DEEPSEEK_MODEL, batch())
-    module = DEEPSEEK_MODEL.bind(trainer(DEEPSEEK_MODEL, Seq2Seq(), one_device())[1].params)
+def bias_of(params: Any) -> Any:
+    return at(params, ENCODER_ROUTER)["balance_bias"]
+
+
+def initial_params() -> Any:
+    return trainer(MODEL, Seq2Seq(), one_device())[1].params
+
+
+def test_bias_moves_against_the_load_of_the_whole_batch(whole):
+    grads, metrics, params = whole
+    module = MODEL.bind(initial_params())
     module(batch(), dropout_key=jax.random.key(1))
-    load = np.asarray(auxiliaries_of(module)["decoder/group_0/block_1"].load)
-    assert load.sum() == 2 * np.sum(batch()["decoder_target_tokens"] > 0)
-    bias = params["decoder"]["group_0"]["block_1"]["mlp"]["router"]["balance_bias"]
-    np.testing.assert_array_equal(bias, np.float32(0.01) * np.sign(load.mean() - load))
+    load = np.asarray(auxiliaries_of(module)["encoder/layers"].load)
+    assert load.sum() == 2 * np.sum(batch()["encoder_input_tokens"] > 0)
+    np.testing.assert_array_equal(bias_of(params), np.float32(0.01) * np.sign(load.mean() - load))
+    largest = metrics["moe/encoder/layers/max_expert_load"]
+    np.testing.assert_allclose(largest, load.max() / load.mean(), rtol=1e-6)
     # No parameter: nothing counts it, and no optimizer has state for it.
-    assert "balance_bias" not in str(jax.tree.structure(first_step(DEEPSEEK_MODEL, batch())[0]))
-    np.testing.assert_allclose(
-        metrics["moe/decoder/group_0/block_1/max_expert_load"], load.max() / load.mean(), rtol=1e-6
-    )
+    assert "balance_bias" not in str(jax.tree.structure(grads))
+    leaves = jax.tree.leaves(params)
+    assert MODEL.num_params == sum(leaf.size for leaf in leaves) - bias_of(params).size
 
 
 def test_replicas_stay_equal():
@@ -201,23 +220,30 @@ def test_replicas_stay_equal():
         copies: dict[str, list[Any]] = {}
         for shard in array.addressable_shards:
             copies.setdefault(str(shard.index), []).append(np.asarray(shard.data))
-        for same in copies.values():
-            for copy in same[1:]:
-                np.testing.assert_array_equal(copy, same[0], err_msg=jax.tree_util.keystr(path))
+        for first, *others in copies.values():
+            for copy in others:
+                np.testing.assert_array_equal(copy, first, err_msg=jax.tree_util.keystr(path))
     bias = np.asarray(state.params["decoder"]["layers"]["mlp"]["router"]["balance_bias"])
-    assert bias.shape == (2, 8) and np.ptp(bias) > 0.05
+    assert bias.shape == (2, 8) and np.ptp(bias) > 0
 
 
 def test_evaluation_reports_the_experts():
-    step = make_eval_step(DEEPSEEK_MODEL, Seq2Seq())
-    params = trainer(DEEPSEEK_MODEL, Seq2Seq(), one_device())[1].params
-    metrics = step(params, batch())
+    metrics = jax.jit(make_eval_step(MODEL, Seq2Seq()))(initial_params(), batch())
     for name in ("max_expert_load", "router_entropy", "router_confidence", "dropped_fraction"):
         total, weight = metrics[f"moe/{name}"]
         assert weight > 0 and np.isfinite(total)
 
 
-@pytest.mark.parametrize("remat", ["none", "minimal", "full"])
-def test_remat_changes_nothing(remat):
-    model = ModelDef(dataclasses.replace(SWITCH_MODEL.config, remat=remat))
-    assert_close(first_step(model, batch())[:2], first_step(SWITCH_MODEL, batch())[:2])
+def test_remat_changes_nothing(whole):
+    model = ModelDef(dataclasses.replace(MODEL.config, remat="full"))
+    assert_close(first_step(batch(), model=model)[:2], whole[:2])
+
+
+def test_flops_count_active_experts_only():
+    """Of a decoder layer with experts: router, k experts, shared expert; not the idle ones."""
+    shapes = {"decoder_input_tokens": (4, 8)}
+    sparse_flops = forward_flops(decoder_model(DEEPSEEK), shapes)
+    dense_flops = forward_flops(decoder_model(DENSE), shapes)
+    # A gated layer has three kernels: two experts and a shared one of mlp_dim 8, or one of 16.
+    active, router, dense = 3 * 3 * 8 * 8, 8 * 8, 3 * 8 * 16
+    assert sparse_flops - dense_flops == 2 * 4 * 8 * 2 * (active + router - dense)

@@ -343,9 +343,7 @@ def _slots(
     def layout(counts: jax.Array) -> Groups:
         starts = jnp.arange(num_experts, dtype=jnp.int32) * capacity
         sizes = jnp.minimum(counts, capacity if limit is None else limit)
-        return Groups(
-            starts=starts, sizes=sizes, num_rows=num_experts * capacity, align=capacity
-        )
+        return Groups(starts=starts, sizes=sizes, num_rows=num_experts * capacity, align=capacity)
 
     return layout
 
@@ -362,9 +360,7 @@ def _place_limited(
     return jax.vmap(one)(pairs).merged(num_tokens, num_experts)
 
 
-def dropped(
-    pairs: Assignments, *, num_experts: int
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def dropped(pairs: Assignments, *, num_experts: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Pairs that find no room, and all pairs; both add up over groups."""
     experts = jnp.arange(num_experts)
     counts = jnp.sum(pairs.expert[..., None] == experts, axis=1, dtype=jnp.float32)

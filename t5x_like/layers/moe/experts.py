@@ -18,7 +18,9 @@ from t5x_like.layers.mlp import ACTIVATIONS, MlpConfig
 from t5x_like.layers.parameter import Initializer, in_use, parameter
 
 # Product of rows with the kernel of each row's expert.
-Multiply = Callable[[Float[Array, "rows inputs"], Float[Array, "experts inputs outputs"]], jax.Array]
+Multiply = Callable[
+    [Float[Array, "rows inputs"], Float[Array, "experts inputs outputs"]], jax.Array
+]
 
 
 class ExpertLinear(nnx.Module):
@@ -75,15 +77,18 @@ class Experts(nnx.Module):
             use_bias=config.use_bias,
         )
 
+    def linears(self) -> dict[str, ExpertLinear]:
+        """The projections by name."""
+        return {name: getattr(self, name) for name in (*input_names(self.config), "wo")}
+
     def arrays(self) -> dict[str, tuple[jax.Array, jax.Array | None]]:
         """Kernel and bias of every projection, laid out and cast for use."""
-        linears = {name: getattr(self, name) for name in (*input_names(self.config), "wo")}
         return {
             name: (
                 in_use(linear.kernel, self.dtype),
                 in_use(linear.bias, self.dtype) if linear.use_bias else None,
             )
-            for name, linear in linears.items()
+            for name, linear in self.linears().items()
         }
 
 

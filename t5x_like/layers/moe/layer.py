@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer: a router, a dispatcher, experts, and what they say of themselves."""
+"""The mixture-of-experts layer: a router, a dispatcher, experts, and what they tell of it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ from t5x_like.layers.parameter import Initializer, mlp_kernel_init
 from t5x_like.parallel.logical import constrain
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("load", "sums"), meta_fields=()
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("load", "sums"), meta_fields=())
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Auxiliary:
     """What a layer gives besides its output; all of it adds up over tokens, and so over anything.
@@ -76,9 +74,7 @@ class MoeConfig:
     def __post_init__(self) -> None:
         check_positive_ints(self, "num_experts")
         check_instance(self, "expert", MlpConfig)
-        check_instance(
-            self, "router", TopKRouter, SigmoidRouter, ExpertChoiceRouter, HashRouter
-        )
+        check_instance(self, "router", TopKRouter, SigmoidRouter, ExpertChoiceRouter, HashRouter)
         check_instance(self, "dispatcher", DispatcherConfig)
         check_instance(self, "shared_expert", MlpConfig, type(None))
         if self.group_size is not None:

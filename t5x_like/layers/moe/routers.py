@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from t5x_like.errors import UserError
 from t5x_like.layers.checks import check_bools, check_choice, check_number, check_positive_ints
-from t5x_like.layers.dropout import fold_key
 from t5x_like.layers.moe.assignment import Assignments
 from t5x_like.layers.parameter import ModelState, in_use, parameter
 
@@ -245,7 +244,9 @@ class _Scores(nnx.Module):
             initializer=jax.nn.initializers.normal(0.02),
         )
 
-    def logits(self, x: Float[Array, "groups tokens embed"]) -> Float[Array, "groups tokens experts"]:
+    def logits(
+        self, x: Float[Array, "groups tokens embed"]
+    ) -> Float[Array, "groups tokens experts"]:
         wide = jnp.promote_types(x.dtype, jnp.float32)
         kernel = in_use(self.kernel, wide)
         return jnp.matmul(x.astype(wide), kernel, precision=jax.lax.Precision.HIGHEST)
@@ -264,7 +265,7 @@ class _TopK(_Scores):
         config: TopKRouter = self.config
         if key is not None and config.jitter:
             low, high = 1 - config.jitter, 1 + config.jitter
-            noise = jax.random.uniform(fold_key(key, 0), x.shape, minval=low, maxval=high)
+            noise = jax.random.uniform(jax.random.fold_in(key, 0), x.shape, minval=low, maxval=high)
             x = x * noise.astype(jnp.promote_types(x.dtype, jnp.float32))
         logits = self.logits(x)
         probabilities = jax.nn.softmax(logits, axis=-1)
@@ -279,7 +280,7 @@ class _TopK(_Scores):
         taken = jnp.broadcast_to(real[..., None], expert.shape)
         if key is not None and config.random_second:
             share = weight[..., 1] / jnp.sum(weight, axis=-1)
-            drawn = jax.random.uniform(fold_key(key, 1), share.shape)
+            drawn = jax.random.uniform(jax.random.fold_in(key, 1), share.shape)
             taken = taken.at[..., 1].set(taken[..., 1] & (drawn < 2 * share))
         balance = _balance(selected, probabilities, real, factor=self.num_experts)
         losses = {
@@ -391,7 +392,9 @@ class _Hash(nnx.Module):
     ) -> Routed:
         if token_ids is None:
             raise UserError("HashRouter needs token ids, and this model gives its blocks none")
-        expert = hash_expert(token_ids, num_experts=self.num_experts, seed=self.config.seed)[..., None]
+        expert = hash_expert(token_ids, num_experts=self.num_experts, seed=self.config.seed)[
+            ..., None
+        ]
         weight = jnp.ones(expert.shape, jnp.promote_types(x.dtype, jnp.float32))
         return Routed(
             pairs=_token_pairs(expert, weight, real[..., None], self.num_experts, None),
@@ -401,9 +404,7 @@ class _Hash(nnx.Module):
         )
 
 
-def hash_expert(
-    ids: Int[Array, "*shape"], *, num_experts: int, seed: int
-) -> Int[Array, "*shape"]:
+def hash_expert(ids: Int[Array, "*shape"], *, num_experts: int, seed: int) -> Int[Array, "*shape"]:
     """Spreads ids over experts by the finaliser of MurmurHash3 (Appleby, public domain)."""
     h = ids.astype(jnp.uint32) ^ jnp.uint32((seed * 0x9E3779B9) % 2**32)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
@@ -411,9 +412,7 @@ def hash_expert(
     return ((h ^ (h >> 16)) % jnp.uint32(num_experts)).astype(jnp.int32)
 
 
-def _best_groups(
-    scores: jax.Array, config: TopKRouter | SigmoidRouter, *, top: int
-) -> jax.Array:
+def _best_groups(scores: jax.Array, config: TopKRouter | SigmoidRouter, *, top: int) -> jax.Array:
     """`scores` with minus infinity outside of the groups whose `top` best experts sum highest."""
     if config.top_groups == config.num_groups:
         return scores
@@ -469,7 +468,7 @@ def _token_pairs(
 def _balance(
     selected: jax.Array, probabilities: jax.Array, real: jax.Array, *, factor: float
 ) -> Pair:
-    """`factor` times the sum over groups of (tokens * sum_e share of tokens that chose e * mean probability of e).
+    """`factor` * sum over groups of tokens * sum_e share that chose e * mean probability of e.
 
     The other factor of the pair is the number of tokens, so a group counts as many times as it
     has tokens. Both means are over the real tokens of one group: a product of means over a whole

@@ -169,7 +169,9 @@ class OptimizerConfig(abc.ABC):
         """
         infos = traverse_util.flatten_dict(dict(param_info), sep="/")
         group_of = assign_groups(self.groups, list(infos))
-        trained = {path: info for path, info in infos.items() if info.trained and not group_of[path].frozen}
+        trained = {
+            path: info for path, info in infos.items() if info.trained and not group_of[path].frozen
+        }
         if not trained:
             raise UserError("The parameter groups freeze every parameter: nothing is trained.")
         direction = self.direction(traverse_util.unflatten_dict(trained, sep="/"))
