@@ -77,6 +77,7 @@ CASES: list[tuple[Any, str, dict[str, Any]]] = [
         {
             "vocab_size": 40,
             "block": dataclasses.replace(BLOCK, embed_dim=24),
+            "leading_blocks": (dataclasses.replace(BLOCK, residual="sequential"),),
             "positions": None,
             "logits": "tied",
             "logits_bias": True,
@@ -99,6 +100,7 @@ CASES: list[tuple[Any, str, dict[str, Any]]] = [
         {
             "vocab_size": 40,
             "block": dataclasses.replace(BLOCK, embed_dim=24),
+            "leading_blocks": (dataclasses.replace(BLOCK, residual="sequential"),),
             "positions": RelativePositionsConfig(),
             "logits": "tied_rescaled",
             "logits_bias": True,

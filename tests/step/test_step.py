@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import jax
@@ -53,6 +54,9 @@ class BigramModel:
             name: jax.random.normal(k, info.shape)
             for k, (name, info) in zip(keys, self.param_info.items(), strict=True)
         }
+
+    def modules(self) -> Iterator[tuple[str, Any]]:
+        return iter(())
 
     def bind(self, params: Any) -> Any:
         def module(batch: Any, *, dropout_key: Any = None) -> jax.Array:
