@@ -29,7 +29,7 @@ class DecoderOnlyConfig(TransformerConfig):
 
 
 class DecoderOnly(Transformer):
-    """Calls take token ids; id 0 is padding."""
+    """Calls take token ids; padding stands at the end of a row, where no token looks."""
 
     def __init__(self, config: DecoderOnlyConfig) -> None:
         super().__init__(config)
@@ -43,8 +43,8 @@ class DecoderOnly(Transformer):
         """Teacher-forced float32 logits.
 
         Args:
-          batch: decoder_input_tokens and decoder_target_tokens [B, L]; where examples are packed
-            also decoder_segment_ids and decoder_positions; for a prefix LM
+          batch: decoder_input_tokens [B, L]; where examples are packed also decoder_segment_ids
+            and decoder_positions; for a prefix LM
             decoder_causal_attention, positive on the prefix, which sees itself in both directions.
           dropout_key: None runs without dropout.
         """
@@ -57,7 +57,6 @@ class DecoderOnly(Transformer):
                 causal=True,
                 query_segments=segments,
                 key_segments=segments,
-                key_valid=batch["decoder_target_tokens"] > 0,
                 prefix=batch.get("decoder_causal_attention"),
             ),
             dropout_key=dropout_key,

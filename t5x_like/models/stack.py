@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from t5x_like.errors import UserError, did_you_mean
 from t5x_like.kernels.attention import AttentionMask
+from t5x_like.kernels.position_bias import RelativeBias
 from t5x_like.layers.dropout import dropout, fold_key
 from t5x_like.layers.linear import Linear
 from t5x_like.layers.norms import Norm
@@ -122,7 +123,8 @@ class BlockGroup(nnx.Module):
             setattr(self, f"block_{i}", block)
 
 
-def _blocks_of(group: Block | BlockGroup) -> list[Block]:
+def blocks_of(group: Block | BlockGroup) -> list[Block]:
+    """The blocks of one repeat, in the order in which they run."""
     if isinstance(group, Block):
         return [group]
     count = sum(name.startswith("block_") for name in vars(group))
@@ -225,21 +227,34 @@ class Stack(nnx.Module):
         inputs: dict[str, Any] = {
             "mask": mask,
             "positions": positions,
-            "relative_bias": self.relpos_bias() if hasattr(self, "relpos_bias") else None,
+            "relative_bias": self.relative_bias(),
             "context": context,
             "context_mask": context_mask,
         }
         if hasattr(self, "global_relpos_bias"):
             inputs["global_bias"] = self.global_relpos_bias()
         first = 0
-        for index, (blocks, repeats) in enumerate(self.groups):
-            group = getattr(self, self._group_name(index))
+        for group, (blocks, repeats) in zip(self.layer_groups(), self.groups, strict=True):
             x = self._run(group, x, first=first, repeats=repeats, key=key_layers, inputs=inputs)
             first += blocks * repeats
-        if hasattr(self, self._norm_name()):
-            x = getattr(self, self._norm_name())(x)
+        x = self.normalise(x)
         # T5X shares the last draw among positions in the decoder, but not in the encoder.
         return dropout(x, rate=rate, key=key_out, broadcast_dims=shared if self.decoder else ())
+
+    def layer_groups(self) -> list[Block | BlockGroup]:
+        """The groups of layers in the order in which they run, each with its repeats stacked."""
+        return [getattr(self, self._group_name(i)) for i in range(len(self.groups))]
+
+    def relative_bias(self) -> RelativeBias | None:
+        """The relative-position table of all layers; None if there is none or one a layer."""
+        return self.relpos_bias() if hasattr(self, "relpos_bias") else None
+
+    def normalise(
+        self, x: Float[Array, "batch length embed"]
+    ) -> Float[Array, "batch length embed"]:
+        """The norm after the last layer, where norms do not stand after every branch."""
+        name = self._norm_name()
+        return getattr(self, name)(x) if hasattr(self, name) else x
 
     def _run(
         self,
@@ -254,11 +269,11 @@ class Stack(nnx.Module):
         """Scans over the repeats of a group whose first layer is layer `first` of the stack."""
         graphdef, params = nnx.split(group)
         transform = remat_policy(self.remat)
-        blocks = len(_blocks_of(group))
+        blocks = len(blocks_of(group))
 
         def run_group(x: jax.Array, scanned: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
             params, repeat = scanned
-            for i, block in enumerate(_blocks_of(nnx.merge(graphdef, params))):
+            for i, block in enumerate(blocks_of(nnx.merge(graphdef, params))):
                 layer = first + repeat * blocks + i
                 x = block(x, dropout_key=fold_key(key, layer), **inputs)
             return x, None

@@ -3,7 +3,8 @@
 Rule: matmul FLOPs of the forward pass, times three for a training step. A matmul of [m, k] by
 [k, n] is 2*m*k*n. Attention scores and values are counted over half of the square where attention
 is causal. Every position of the batch counts, padding included. Rematerialised work, embedding
-look-ups, norms and softmax do not count. A window counts the pairs inside it. MFU = FLOPs / (seconds * devices * dense peak).
+look-ups, norms and softmax do not count. A window counts the pairs inside it.
+MFU = FLOPs / (seconds * devices * dense peak).
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def forward_flops(model_def: ModelDef, batch_shapes: Mapping[str, tuple[int, ...
     Args:
       model_def: the model.
       batch_shapes: name -> global shape: `decoder_input_tokens` [B, L], `encoder_input_tokens`
-        [B, T], whichever the model has; where an encoder's head looks at some positions only,
-        `encoder_target_positions` [B, P] and `encoder_sequence_starts` [B, K].
+        [B, T], whichever the model has; `encoder_target_tokens` [B, P], for which alone the head
+        of an encoder is run, and `encoder_sequence_starts` [B, K].
     """
     sizes = _Sizes.of(batch_shapes)
     total = 0.0
@@ -90,7 +91,7 @@ class _Sizes:
         encoder, decoder = (
             shapes.get(f"{side}_input_tokens", (0, 0))[1] for side in ("encoder", "decoder")
         )
-        targets = shapes.get("encoder_target_positions", (0, encoder))[1]
+        targets = shapes.get("encoder_target_tokens", (0, 0))[1]
         return cls(
             batch=batch,
             encoder=encoder,
