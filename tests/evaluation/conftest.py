@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,10 @@ from t5x_like.cli.main import main
 from t5x_like.data import cache_job
 
 ROOT = Path(__file__).parents[2]
-TASKS = "tests.evaluation.tiny_tasks"
+# A top-level module: caches are made anew when a file of the package of their module changes.
+MODULES = Path(__file__).parent / "modules"
+sys.path.append(str(MODULES))
+TASKS = "tiny_tasks"
 SMALL = [
     "--gin.VOCAB_SIZE=384",
     "--gin.block.BlockConfig.embed_dim=32",

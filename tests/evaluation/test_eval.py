@@ -1,4 +1,4 @@
-"""`t5x_like eval`: several checkpoints, going on where it was, following a run, files, bad input."""
+"""`t5x_like eval`: several checkpoints, going on where it was, following, files, bad input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 
 from t5x_like.cli.main import main
 from t5x_like.evaluation import eval_run
-from t5x_like.interop import assigned, initial
 
 
 @pytest.fixture
@@ -144,41 +143,3 @@ def test_a_file_without_a_good_line(model_dir, evaluate, tmp_path) -> None:
     path.write_text("[]\n")
     code, _, line = evaluate(model_dir, f"--input={path}", "--metrics=['squad']")
     assert code == 2 and "no line that can be evaluated" in line and f"{path}:1" in line
-
-
-def test_assignment_maps_read_t5x(oracle_dir, pretrained) -> None:
-    """Names on both sides are ours; what the map leaves alone is as without one."""
-    from flax import traverse_util
-
-    from t5x_like.config import write_gin
-    from t5x_like.models.base import ModelDef
-
-    path = oracle_dir / "t5_1_1_tiny" / "legacy" / "checkpoint_20"
-    config = write_gin.build_model(pretrained / "config.gin")
-    # The oracle's shape, with one decoder layer less than it has.
-    import dataclasses
-
-    from t5x_like.layers.attention import AttentionConfig
-    from t5x_like.layers.mlp import MlpConfig
-
-    block = dataclasses.replace(
-        config.block,
-        attention=dataclasses.replace(config.block.attention, num_heads=4, head_dim=8),
-        mlp=dataclasses.replace(config.block.mlp, mlp_dim=64),
-    )
-    assert isinstance(block.attention, AttentionConfig) and isinstance(block.mlp, MlpConfig)
-    whole = dataclasses.replace(
-        config, vocab_size=256, block=block, num_encoder_layers=2, num_decoder_layers=2
-    )
-    fewer = dataclasses.replace(whole, num_decoder_layers=1)
-    expected = traverse_util.flatten_dict(
-        initial.load_initial_params(path, ModelDef(whole).param_info), sep="/"
-    )
-    found = traverse_util.flatten_dict(
-        assigned.load_assigned(
-            path, ModelDef(fewer).param_info, assignment_map=[("decoder/layers/.*", None)]
-        ),
-        sep="/",
-    )
-    assert found.keys() == {n for n in expected if not n.startswith("decoder/layers/")}
-    assert all((found[name] == expected[name]).all() for name in found)

@@ -14,7 +14,7 @@ import pytest
 
 from t5x_like.cli.main import main
 from t5x_like.evaluation import infer_run
-from tests.evaluation.conftest import ROOT, TASKS
+from tests.evaluation.conftest import MODULES, ROOT, TASKS
 
 WORDS = ["ox", "a dove", "the lion is here", "fish", "bee and hen", "ant"]
 
@@ -25,7 +25,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def infer(tiny_cache, pretrained, capsys):
-    """Runs `t5x_like infer` with small batches; returns (exit code, stdout, last line of stderr)."""
+    """Runs `t5x_like infer` in small batches; returns exit code, stdout, last line of stderr."""
 
     def run(*flags: str, model_dir: Path = pretrained) -> tuple[int, str, str]:
         fixed = [f"--gin.CACHE_DIR={tiny_cache}", "--gin.BATCH_SIZE=4", "--gin.MAX_NEW_TOKENS=5"]
@@ -216,7 +216,7 @@ def test_two_processes_give_the_file_of_one(infer, text, tmp_path, pretrained, t
         f"--coordinator_address=127.0.0.1:{port}",
     ]
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{MODULES}",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
     running = [
