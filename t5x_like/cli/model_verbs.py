@@ -34,17 +34,22 @@ def parse(
     """The gin files of the verb, of the model and of the user, in this order, and the bindings.
 
     Raises:
-      UserError: no model to be found, or what `gin_config.parse` says.
+      UserError: see `model_files.parse`.
     """
-    from t5x_like.config import gin_config, model_files
+    from t5x_like.config import model_files
 
     given = {macro: getattr(args, macro) for macro, _ in shorthands.values()}
     bindings = [f"{macro}={_quoted(value)}" for macro, value in given.items() if value is not None]
     if args.model_dir is not None:
         bindings.append(f"MODEL_DIR={args.model_dir!r}")
     bindings = [*args.gin_bindings, *bindings]
-    files = args.gin_file or model_files.model_gin_files(_model_dir(bindings))
-    return gin_config.parse([run_file, *files], bindings, search_paths=args.gin_search_paths)
+    return model_files.parse(
+        run_file,
+        model_dir=_model_dir(bindings),
+        gin_files=args.gin_file,
+        bindings=bindings,
+        search_paths=args.gin_search_paths,
+    )
 
 
 def _quoted(text: str) -> Any:

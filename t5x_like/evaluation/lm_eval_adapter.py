@@ -18,8 +18,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
-from t5x_like.config import gin_config
-from t5x_like.config.model_files import model_gin_files
+from t5x_like.config import model_files
 from t5x_like.decoding.beam_search import BeamSearch
 from t5x_like.decoding.sampling import Sampling
 from t5x_like.errors import UserError
@@ -61,8 +60,11 @@ class HarnessModel(LM):
         Raises:
           UserError: see `t5x_like infer`.
         """
-        files = ["gin/runs/infer.gin", *model_gin_files(model_dir)]
-        config = gin_config.parse(files, [f"MODEL_DIR={model_dir!r}", *bindings])
+        config = model_files.parse(
+            "gin/runs/infer.gin",
+            model_dir=model_dir,
+            bindings=[f"MODEL_DIR={model_dir!r}", *bindings],
+        )
         run = config.build(InferRun)
         served = Served(run, source=run.source, batch_size=run.batch_size)
         return cls(served.predictor, served.load(run.checkpoint), served.codec)

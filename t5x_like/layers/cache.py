@@ -147,9 +147,7 @@ class KeyValues:
             at: tuple[Any, ...] = (0, 0, place, 0)
             if layer is not None:
                 x, at = x[None], (layer, *at)
-            return constrain(
-                jax.lax.dynamic_update_slice(cache, x, at), _CACHE_AXES[-cache.ndim :]
-            )
+            return constrain(jax.lax.dynamic_update_slice(cache, x, at), _CACHE_AXES[-cache.ndim :])
 
         return dataclasses.replace(self, key=put(self.key, key), value=put(self.value, value))
 

@@ -39,6 +39,10 @@ from t5x_like.training.step import (
 NAN_POLICIES = ("halt", "skip", "rewind")
 
 
+# What the targets of a batch are called, by kind of model.
+_TARGETS = ("decoder_target_tokens", "encoder_target_tokens", "class_labels")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
     """Profiles steps [start, start + steps); `steps` = 0 profiles nothing."""
@@ -152,7 +156,7 @@ class Built:
         sizes = {n: int(np.prod(s)) for n, s in shapes.items() if n.endswith("_input_tokens")}
         return hooks.StepCost(
             tokens=sum(sizes.values()),
-            target_tokens=sizes.get("decoder_input_tokens") or sizes["encoder_input_tokens"],
+            target_tokens=next(int(np.prod(shapes[n])) for n in _TARGETS if n in shapes),
             flops=flops.training_flops(self.model_def, shapes),
             peak_flops=flops.peak_flops(self.mesh.devices.flat[0], self.compute_dtype),
         )

@@ -25,7 +25,7 @@ from t5x_like.models.block import BlockConfig
 from t5x_like.models.decoder_only import DecoderOnlyConfig
 from t5x_like.models.encoder_decoder import EncoderDecoderConfig
 
-VOCAB = 61
+VOCAB = 64
 
 
 def block(attention: dict[str, Any] | None = None, **fields: Any) -> BlockConfig:
@@ -69,7 +69,6 @@ _WINDOWS = (
 
 CONFIGS: dict[str, Any] = {
     "t5": encoder_decoder(),
-    "t5_tied_rescaled": encoder_decoder(logits="tied_rescaled"),
     "a_table_a_layer": encoder_decoder(
         positions=RelativePositionsConfig(num_buckets=8, max_distance=16, per_layer=True)
     ),
@@ -90,29 +89,45 @@ CONFIGS: dict[str, Any] = {
         logits="tied",
         logits_bias=True,
     ),
-    "sinusoidal": decoder(positions=SinusoidalPositionsConfig(), scale_embeddings=True),
+    "sinusoidal": decoder(
+        positions=SinusoidalPositionsConfig(),
+        scale_embeddings=True,
+        embedding_dim=12,
+        logits="tied_rescaled",
+    ),
     "alibi": decoder({"positions": AlibiConfig(scale=0.5)}),
     "alibi_window": decoder({"positions": AlibiConfig(), "window": 4}),
     "transformer_xl": decoder({"positions": TransformerXlPositionsConfig()}),
     "transformer_xl_window": decoder({"positions": TransformerXlPositionsConfig(), "window": 4}),
     "llama_grouped_queries": decoder({"num_kv_heads": 2, **rope()}),
-    "multi_query": decoder({"num_kv_heads": 1, **rope()}),
-    "part_interleaved": decoder(rope(fraction=0.5, interleaved=True)),
-    "qk_norm": decoder({"qk_norm": NormConfig(), **rope()}),
-    "llama3": decoder(rope(Llama3Scaling(factor=8.0, low_frequency_factor=1.0,
-                                         high_frequency_factor=4.0, original_length=16))),
-    "yarn": decoder(rope(YarnScaling(factor=4.0, original_length=8))),
+    "multi_query_parallel": decoder(
+        {"num_kv_heads": 1, **rope(fraction=0.5, interleaved=True)},
+        in_block={"residual": "parallel_shared_norm"},
+    ),
+    "llama3_parallel": decoder(
+        rope(
+            Llama3Scaling(
+                factor=8.0,
+                low_frequency_factor=1.0,
+                high_frequency_factor=4.0,
+                original_length=16,
+            )
+        ),
+        in_block={"residual": "parallel"},
+    ),
+    "yarn_post_norm": decoder(
+        rope(YarnScaling(factor=4.0, original_length=8)), in_block={"norm_placement": "post"}
+    ),
     "dynamic": decoder(rope(DynamicScaling(factor=2.0, original_length=8))),
     "longrope": decoder(rope(LongRopeScaling(original_length=12, max_length=40, **_FACTORS))),
     "window": decoder({"window": 3, **rope()}),
     "relative_window": decoder(
         {"window": 3}, positions=RelativePositionsConfig(num_buckets=8, max_distance=16)
     ),
-    "windows_in_turn": decoder(block=_WINDOWS, num_layers=7),
-    "softcap_sinks": decoder({"softcap": 3.0, "sinks": True, **rope()}, logits_softcap=5.0),
-    "parallel": decoder(rope(), in_block={"residual": "parallel"}),
-    "parallel_shared_norm": decoder(rope(), in_block={"residual": "parallel_shared_norm"}),
-    "post_norm": decoder(rope(), in_block={"norm_placement": "post"}),
-    "sandwich_norm": decoder(rope(), in_block={"norm_placement": "sandwich"}),
-    "factorised_embeddings": decoder(rope(), embedding_dim=12, logits="tied"),
-}  # fmt: skip
+    "windows_in_turn": decoder(block=_WINDOWS, num_layers=4),
+    "softcap_sinks_qk_norm_sandwich": decoder(
+        {"softcap": 3.0, "sinks": True, "qk_norm": NormConfig(), **rope()},
+        logits_softcap=5.0,
+        in_block={"norm_placement": "sandwich"},
+    ),
+}

@@ -83,6 +83,20 @@ def test_t5x_habits() -> None:
     assert relative.inference_eval.source.names == ("a", "b")
 
 
+@pytest.mark.parametrize("run_file", ["finetune", "eval", "infer"])
+@pytest.mark.parametrize("decoding", ["greedy", "sample", "beam"])
+def test_no_macro_is_dead(run_file, decoding) -> None:
+    models = ["gin/models/t5_1_1/tiny.gin", "gin/objectives/seq2seq.gin", "gin/parallel/data.gin"]
+    runs = [f"gin/runs/{run_file}.gin", f"gin/decoding/{decoding}.gin"]
+    files = [*models, *runs] if run_file == "finetune" else [*runs, *models]
+    wanted = ["MODEL_DIR=/tmp/unused", "MIXTURE_OR_TASK_NAME=x", "TASK_FEATURE_LENGTHS={'a': 1}"]
+    wanted += ["INITIAL_CHECKPOINT_PATH=/x"] if run_file == "finetune" else []
+    statements = gin_config.parse(files, wanted).statements
+    # What a model's objective is trained with has no part in asking it.
+    of_training = {"OBJECTIVE"} if run_file != "finetune" else set()
+    assert statements.macros().keys() - statements.uses.keys() == of_training
+
+
 def test_loss_of_public_checkpoints() -> None:
     files = ["gin/objectives/seq2seq_public_t5.gin"]
     config = gin_config.parse(files)
