@@ -237,6 +237,8 @@ class Stack(nnx.Module):
         for group, (blocks, repeats) in zip(self.layer_groups(), self.groups, strict=True):
             x = self._run(group, x, first=first, repeats=repeats, key=key_layers, inputs=inputs)
             first += blocks * repeats
+        if self.block.norm_placement == "post":
+            return x  # The last block ends with its norm; nothing is dropped after it (BERT).
         x = self.normalise(x)
         # T5X shares the last draw among positions in the decoder, but not in the encoder.
         return dropout(x, rate=rate, key=key_out, broadcast_dims=shared if self.decoder else ())

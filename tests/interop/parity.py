@@ -99,7 +99,10 @@ def check_parity(
     kind = model.config._attn_implementation  # The default may be another than the model's.
     again = type(model).from_pretrained(back, attn_implementation=kind).float().eval()
     for example, logits in zip(examples, expected, strict=True):
-        np.testing.assert_array_equal(their_logits(again, example), logits)
+        # The weights are equal to the bit; torch's sums depend on where these lie in memory.
+        np.testing.assert_allclose(
+            their_logits(again, example), logits, rtol=0, atol=1e-6 * np.abs(logits).max()
+        )
     return config
 
 
