@@ -2,8 +2,8 @@
 
     python benchmarks/generate.py [--rounds 3] [--new 128] [--batch 16] [--no-flatness]
 
-The same random float32 weights on the same CPU: T5 1.1 small (128 input tokens) and a Llama of 60M
-parameters (prompts of 128 tokens), no end token. Each side runs in a process of its own, in turn;
+The same random float32 weights on the same CPU: T5 1.1 small (64 input tokens) and a Llama of 60M
+parameters (prompts of 64 tokens), no end token. Each side runs in a process of its own, in turn;
 compilation and the first call are not counted, encoding and prefill are. `flatness` is our time a
 token for the generated lengths of one compiled program, whose cache has room for the longest:
 the cost of the first token, prompt included, is taken off. Prints one JSON object.
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-VOCAB, PROMPT = 32128, 128
+VOCAB, PROMPT = 32128, 64
 THEIR_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "t5_1_1_small": (
         "T5ForConditionalGeneration",

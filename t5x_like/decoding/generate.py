@@ -22,6 +22,7 @@ from t5x_like.layers.parameter import activation_dtype
 from t5x_like.layers.positions import LearnedPositionsConfig
 from t5x_like.models import cached
 from t5x_like.models.base import ModelDef, Params
+from t5x_like.models.encoder_decoder import EncoderDecoderConfig
 from t5x_like.parallel.logical import Rules, batch_sharding, param_shardings, use_rules
 
 _ENCODER, _PROMPT, _LENGTHS = (
@@ -62,12 +63,21 @@ class Generator:
         eos_ids: tuple[int, ...],
         mesh: Mesh | None = None,
         rules: Rules | None = None,
+        unrolled: bool | None = None,
     ) -> None:
-        """`eos_ids` end a continuation; they may be empty. `mesh` and `rules` go together."""
+        """Args:
+        model_def: an encoder-decoder or a decoder.
+        decoding: how tokens are chosen.
+        eos_ids: end a continuation; there may be none.
+        mesh, rules: where it runs; both or neither.
+        unrolled: see `models.cached.Stepper`; None for True on a CPU and False elsewhere.
+        """
+        if (mesh is None) != (rules is None):
+            raise ValueError("mesh and rules go together")
         self.model_def, self.decoding, self.eos_ids = model_def, decoding, tuple(eos_ids)
         self._mesh = mesh
-        # A model that reads an encoder's output is known by its module.
-        self._reads_encoder = hasattr(model_def.config, "num_encoder_layers")
+        self._unrolled = jax.default_backend() == "cpu" if unrolled is None else unrolled
+        self._reads_encoder = isinstance(model_def.config, EncoderDecoderConfig)
         if mesh is None or rules is None:
             self._run = jax.jit(self._generate)
             return
@@ -199,7 +209,7 @@ class Generator:
             context=context,
             context_valid=valid,
         )
-        stepper = cached.Stepper(module, unrolled=jax.default_backend() == "cpu")
+        stepper = cached.Stepper(module, unrolled=self._unrolled)
         session = Session(
             logits=logits,
             caches=stepper.arrange(caches),

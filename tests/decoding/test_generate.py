@@ -204,21 +204,41 @@ RULES = Rules(storage=STORAGE, compute=STORAGE | {"embed": None, "batch": ("data
     ("name", "decoding", "degrees"),
     [
         ("t5", BEAMS, {"data": 2, "tensor": 2}),
-        ("llama_grouped_queries", SAMPLES, {"data": 2, "fsdp": 2, "tensor": 2}),
+        ("windows_in_turn", SAMPLES, {"data": 2, "fsdp": 2, "tensor": 2}),
     ],
     ids=["t5", "llama"],
 )
 def test_a_mesh_gives_what_one_device_gives(name, decoding, degrees):
-    """Three prompts, which the mesh does not divide."""
+    """Three prompts, which the mesh does not divide; the loop over layers is a loop there."""
     model, params = model_and_params(name)
     batch = {n: x[:3] for n, x in inputs(name).items()}
     devices = np.prod(list(degrees.values()))
     mesh = MeshConfig(ici=degrees).build(jax.devices()[:devices])
     sharded = jax.device_put(params, param_shardings(mesh, RULES, model.param_info))
     one = jax.tree.map(lambda x: x[:3], run(name, decoding))
-    many = Generator(model, decoding, eos_ids=(EOS,), mesh=mesh, rules=RULES)(sharded, batch)
+    generator = Generator(model, decoding, eos_ids=(EOS,), mesh=mesh, rules=RULES, unrolled=False)
+    many = generator(sharded, batch)
     assert many.tokens.sharding.is_fully_replicated
     assert_same(jax.tree.map(np.asarray, many), one)
+
+
+def test_a_prefix_sees_itself_in_both_directions():
+    """The first token's log-probability is that of the whole pass with the prefix unmasked."""
+    name = "llama_grouped_queries"
+    model, params = model_and_params(name)
+    prefix = (np.arange(14) < np.array([2, 8, 1, 9])[:, None]).astype(np.int32)
+    batch = inputs(name) | {"decoder_causal_attention": prefix}
+    out = run(name, GREEDY, (), batch=batch)
+    whole = {
+        "decoder_input_tokens": batch["decoder_prompt_tokens"],
+        "decoder_target_tokens": np.ones((4, 14), np.int32),
+        "decoder_causal_attention": prefix,
+    }
+    log_probs = np.asarray(jax.nn.log_softmax(jax.jit(lambda b: model.bind(params)(b))(whole)))
+    expected = log_probs[np.arange(4), LENGTHS - 1].max(-1)
+    np.testing.assert_allclose(out.token_log_probs[:, 0, 0], expected, atol=1e-5)
+    causal = run(name, GREEDY, ()).token_log_probs[:, 0, 0]
+    assert np.all(abs(causal - expected)[[1, 3]] > 1e-3)
 
 
 def test_buckets_bound_the_number_of_compilations():

@@ -54,7 +54,8 @@ def write_instructions(data: Path) -> None:
         {"question": f"Is {i} even?", "subject": "sums", "choices": ["yes", "no"], "answer": i % 2}
         for i in range(8)
     ]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(exam), data / "mmlu.parquet")
+    (data / "exam").mkdir(exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(exam), data / "exam/mmlu.parquet")
 
 
 def write(path: Path, contents: bytes) -> None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from t5x_like.kernels.attention import AttentionMask, GlobalKeys, attention
 from t5x_like.kernels.position_bias import AlibiBias, RelativeBias, relative_position_bucket
@@ -101,7 +102,7 @@ def test_memory_of_a_window_is_linear_in_the_length():
 
     def largest(jaxpr) -> int:
         sizes = [v.aval.size for e in jaxpr.eqns for v in e.outvars]
-        inner = [largest(j) for e in jaxpr.eqns for j in jax.core.jaxprs_in_params(e.params)]
+        inner = [largest(j) for e in jaxpr.eqns for j in jaxprs_in_params(e.params)]
         return max(sizes + inner)
 
     assert largest(jaxpr.jaxpr) <= 4 * window * length < length * length
