@@ -86,8 +86,8 @@ PUBLISHED: dict[str, Published] = {
             **{"20b": 20_554_567_680},
         ),
     ),
-    # The model card's 6,053,381,344 is 610 * 4096 more: it would fit 7 more copies of what Mesh Transformer JAX replicates
-    # on 8 shards (norms, output biases) and an embedding bias in each (our inference).
+    # The model card's 6,053,381,344 is 610 * 4096 more. It would fit (our inference) 7 more copies
+    # of what Mesh Transformer JAX replicates on 8 shards, and an embedding bias in each.
     **_family(
         "gpt_j",
         {"6b": Published(6_050_882_784, "transformers' GPTJForCausalLM, EleutherAI/gpt-j-6b")},
