@@ -171,7 +171,6 @@ class DatasetConfig:
     def _build_grain(
         self, rows: list[int], task: TaskManifest, members: Sequence[tuple[TaskManifest, float]]
     ) -> BatchIterator:
-        self.check_vocabulary(task.output_features)
         # With a last epoch, one shard fills all rows.
         num_shards = 1 if self.num_epochs else self.batch_size
         windows = [self._windows(member, num_shards) for member, _ in members]
@@ -210,7 +209,12 @@ class DatasetConfig:
         features: Mapping[str, OutputFeature],
         tasks: Mapping[str, Any],
     ) -> BatchIterator:
-        """The iterator over `shards`; both routes end here. See `fingerprint` for `tasks`."""
+        """The iterator over `shards`; both routes end here. See `fingerprint` for `tasks`.
+
+        Raises:
+          UserError: see `check_vocabulary`.
+        """
+        self.check_vocabulary(features)
         return ShardedBatchIterator(
             shards,
             rows=rows,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -137,31 +136,5 @@ def _sources(path: str | epath.Path, infos: Mapping[str, Any]) -> Mapping[str, S
     if t5x_legacy.find_t5x_checkpoint(path) is not None:
         return t5x_legacy.by_our_names(t5x_legacy.open_t5x_checkpoint(path).params, infos)
     if hugging_face.is_hugging_face(path):
-        return _of_hugging_face(hugging_face.HuggingFaceCheckpoint(str(path)))
+        return hugging_face.HuggingFaceCheckpoint(str(path)).sources()
     raise initial.unknown_checkpoint(path)
-
-
-def _of_hugging_face(checkpoint: hugging_face.HuggingFaceCheckpoint) -> dict[str, Source]:
-    parts: dict[str, list[tuple[Any, int, Any]]] = defaultdict(list)
-    for transfer in checkpoint.transfers:
-        for position, slot in enumerate(transfer.ours):
-            parts[slot.name].append((transfer, position, slot))
-    dtypes = checkpoint.dtypes()
-
-    def source(name: str) -> Source:
-        info = checkpoint.param_info[name]
-
-        def read() -> np.ndarray:
-            value = np.empty(info.shape, dtypes[name])
-            for transfer, position, slot in parts[name]:
-                value[... if slot.row is None else slot.row] = checkpoint.read(transfer)[position]
-            return value
-
-        return Source(
-            shape=info.shape,
-            dtype=dtypes[name],
-            read=read,
-            take=lambda i, axis: np.take(read(), i, axis),
-        )
-
-    return {name: source(name) for name in checkpoint.param_info}

@@ -13,6 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from t5x_like.kernels.attention import AttentionMask, GlobalKeys, attention
 from t5x_like.kernels.position_bias import AlibiBias, RelativeBias, relative_position_bucket
 from t5x_like.layers.attention import AttentionConfig
+from t5x_like.layers.dropout import dropout
 from t5x_like.layers.mlp import MlpConfig
 from t5x_like.layers.positions import TransformerXlPositionsConfig, sinusoid
 from t5x_like.models.base import ModelDef
@@ -221,8 +222,6 @@ def test_a_pattern_runs_its_layers_in_order(num_layers):
         stack = module.decoder
         x = module.embed(tokens)
         keys = [jax.random.fold_in(key, i) for i in range(3)]
-        from t5x_like.layers.dropout import dropout
-
         x = dropout(x, rate=0.1, key=keys[0], broadcast_dims=(-2,))
         mask = AttentionMask(causal=True, key_valid=tokens > 0)
         for layer, (path, index) in enumerate(layer_slots(model.config.block, num_layers)):

@@ -17,6 +17,7 @@ from t5x_like.interop import matching
 from t5x_like.interop.hugging_face import registry
 from t5x_like.interop.hugging_face.adapter import Slot, Transfer, transfers
 from t5x_like.interop.hugging_face.tensor_files import DTYPES, Spec, TensorFiles, read_json
+from t5x_like.interop.matching import Source
 from t5x_like.models.base import ModelDef
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,33 @@ class HuggingFaceCheckpoint:
                 "says that they are one."
             )
 
+    def sources(self) -> dict[str, Source]:
+        """Every parameter of ours, read (all layers of a stack) when it is asked for."""
+        parts: dict[str, list[tuple[Transfer, int, Slot]]] = defaultdict(list)
+        for transfer in self.transfers:
+            for position, slot in enumerate(transfer.ours):
+                parts[slot.name].append((transfer, position, slot))
+        dtypes = self.dtypes()
+
+        def source(name: str) -> Source:
+            info = self.param_info[name]
+
+            def read() -> np.ndarray:
+                value = np.empty(info.shape, dtypes[name])
+                for transfer, position, slot in parts[name]:
+                    row = ... if slot.row is None else slot.row
+                    value[row] = self.read(transfer)[position]
+                return value
+
+            return Source(
+                shape=info.shape,
+                dtype=dtypes[name],
+                read=read,
+                take=lambda i, axis: np.take(read(), i, axis),
+            )
+
+        return {name: source(name) for name in self.param_info}
+
 
 def load_params(
     directory: str | epath.Path,
@@ -157,14 +185,9 @@ def load_params(
     if config is not None and (others := list(registry.differences(config, checkpoint.config))):
         logger.warning("The model is not quite that of '%s': %s", directory, "; ".join(others))
     where = traverse_util.flatten_dict(shardings or {}, sep="/")
-    parts: dict[str, list[tuple[Transfer, int, Slot]]] = defaultdict(list)
-    for transfer in checkpoint.transfers:
-        for position, slot in enumerate(transfer.ours):
-            parts[slot.name].append((transfer, position, slot))
-    arrays = {}
-    for name, info in wanted.items():
-        value = np.empty(info.shape, info.dtype)
-        for transfer, position, slot in parts[name]:
-            value[... if slot.row is None else slot.row] = checkpoint.read(transfer)[position]
-        arrays[name] = matching.place(value, where.get(name))
+    sources = checkpoint.sources()
+    arrays = {
+        name: matching.place(np.asarray(sources[name].read(), info.dtype), where.get(name))
+        for name, info in wanted.items()
+    }
     return traverse_util.unflatten_dict(arrays, sep="/")
