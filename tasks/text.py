@@ -1,4 +1,4 @@
-"""The five pre-training objectives as SeqIO Tasks over any source of text.
+"""The pre-training objectives as SeqIO Tasks over any source of text.
 
 `add_tasks("name", ...)` registers, over one token cache,
 
@@ -7,6 +7,10 @@
     name_prefix_lm         the rest of a sequence given its start
     name_causal_lm         language modelling of the whole text
     name_ul2               UL2's mixture of seven denoisers, and its Tasks name_ul2_*
+    name_masked_lm         BERT (https://arxiv.org/abs/1810.04805): masked tokens of sentence pairs,
+                           and which pairs belong together
+    name_masked_lm_whole_words     the same with whole words masked
+    name_masked_lm_full_sentences  RoBERTa (https://arxiv.org/abs/1907.11692): masked tokens alone
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from collections.abc import Mapping
 import seqio
 import tensorflow as tf
 
-from t5x_like.data import denoisers, seqio_sources, seqio_vocabularies
+from t5x_like.data import denoisers, encoder_steps, seqio_sources, seqio_vocabularies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +87,7 @@ def add_tasks(
     """
     targets = seqio.Feature(vocabulary, add_eos=True)
     both = {"inputs": seqio.Feature(vocabulary, add_eos=True, required=False), "targets": targets}
+    masked = dict.fromkeys(("inputs", "targets"), seqio.Feature(vocabulary, add_eos=False))
 
     def add(
         suffix: str,
@@ -109,6 +114,18 @@ def add_tasks(
         add("iid_denoising", denoisers.IIDDenoising(), eos),
         add("prefix_lm", denoisers.PrefixLM(), eos),
         add("causal_lm", denoisers.FullLM(), output_features={"targets": targets}),
+    ]
+    pairs, mask = encoder_steps.SentencePairs(), encoder_steps.MaskTokens()
+    whole_words = dataclasses.replace(mask, whole_words=True)
+    single += [
+        add("masked_lm", pairs, mask, output_features=masked),
+        add("masked_lm_whole_words", pairs, whole_words, output_features=masked),
+        add(
+            "masked_lm_full_sentences",
+            encoder_steps.FullSentences(),
+            mask,
+            output_features=masked,
+        ),
     ]
     ul2 = [add(f"ul2_{kind}", denoiser, eos) for kind, denoiser in UL2_DENOISERS.items()]
     seqio.MixtureRegistry.add(f"{name}_ul2", ul2, default_rate=1.0)

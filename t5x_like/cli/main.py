@@ -32,7 +32,15 @@ class Verb(NamedTuple):
 
 VERBS = {
     "train": Verb("t5x_like.cli.train", "train a model, or go on training it", gin=True),
+    "eval": Verb("t5x_like.cli.eval", "score checkpoints on generated text", gin=True),
+    "infer": Verb(
+        "t5x_like.cli.infer", "predict or score a task, a file or standard input", gin=True
+    ),
+    "chat": Verb("t5x_like.cli.chat", "try a model in the terminal", gin=True),
     "cache": Verb("t5x_like.cli.cache", "tokenise a task once, for all runs", gin=False),
+    "convert": Verb(
+        "t5x_like.cli.convert", "bring checkpoints from and to Hugging Face and T5X", gin=False
+    ),
 }
 
 _OVERVIEW = """\

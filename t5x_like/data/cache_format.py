@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -26,7 +27,9 @@ from etils import epath
 
 from t5x_like.errors import UserError
 
-FORMAT_VERSION = 1
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
 COMPLETED = "COMPLETED"
 # Grain reads records by index, so every record must be its own chunk.
 WRITER_OPTIONS = "group_size:1"
@@ -44,7 +47,7 @@ class VocabularySpec:
       size: number of ids, the extra ids included.
       sha256: hex digest of the vocabulary's contents.
       path: file that it was read from, or "".
-      offset: how far ids are shifted from those of the file (1 where id 0 had to be freed).
+      zero_is_token: id 0 stands for text (GPT-2's "!"), so that only its place tells padding.
       unk_id: id of the unknown token; None where nothing is unknown.
     """
 
@@ -56,7 +59,7 @@ class VocabularySpec:
     pad_id: int = 0
     extra_ids: int = 0
     path: str = ""
-    offset: int = 0
+    zero_is_token: bool = False
 
     def same_as(self, other: VocabularySpec) -> bool:
         """True if both give the same ids to the same text, wherever the file lies."""
@@ -153,6 +156,7 @@ class TaskManifest:
     module_sha256: str = ""
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
 
 
 # Paths
@@ -327,11 +331,20 @@ def read_corpus(cache_dir: PathLike, fingerprint: str) -> CorpusManifest:
 
 
 def read_task(cache_dir: PathLike, name: str) -> TaskManifest | None:
-    """Reads the manifest of a Task or Mixture; None if it was never cached in `cache_dir`."""
+    """Reads the manifest of a Task or Mixture; None if it was never cached in `cache_dir`.
+
+    One of another version of this format counts as none, with a warning: it is cached anew.
+    """
     path = task_file(cache_dir, name)
     if not path.exists():
         return None
     raw = _read_json(path)
+    if (version := raw.get("format_version", 1)) != FORMAT_VERSION:
+        logger.warning(
+            "The cache of %r has format version %s, not %s: it is made anew.",
+            *(name, version, FORMAT_VERSION),
+        )
+        return None
     features = {
         key: OutputFeature(vocabulary=VocabularySpec(**feature.pop("vocabulary")), **feature)
         for key, feature in raw.pop("output_features").items()

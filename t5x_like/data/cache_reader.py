@@ -100,13 +100,18 @@ class SplitReader:
         return self._read(range(self.num_documents))
 
     def _read(self, indices: Sequence[int]) -> Examples:
-        documents = [self._read_one(index) for index in indices]
+        documents = [self.read_one(index) for index in indices]
         return {
             name: Ragged.from_rows([document[name] for document in documents])
             for name in self._features
         }
 
-    def _read_one(self, index: int) -> dict[str, np.ndarray]:
+    def read_one(self, index: int) -> dict[str, np.ndarray]:
+        """All that the cache has of a document, features of bytes included.
+
+        Raises:
+          UserError: the record cannot be read.
+        """
         try:
             return cache_format.decode_record(self._source[index], self._stored)
         # ArrayRecord raises RuntimeError or IndexError, msgpack and numpy ValueError.

@@ -25,13 +25,8 @@ Lengths = Mapping[str, int]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureConverter(ABC):
-    """Lays examples out as model features.
+    """Lays examples out as model features."""
 
-    Attributes:
-      bos_id: decoder input at the first position of an example.
-    """
-
-    bos_id: int = 0
     task_features: ClassVar[tuple[str, ...]]
 
     def limits(self, lengths: Lengths) -> tuple[int, ...]:
@@ -40,7 +35,7 @@ class FeatureConverter(ABC):
         Raises:
           UserError: `lengths` lacks a feature.
         """
-        for name in self.task_features:
+        for name in self._limited():
             if lengths.get(name, 0) < 1:
                 raise UserError(
                     f"{type(self).__name__} needs a length of at least 1 for {name!r}, but "
@@ -79,7 +74,7 @@ class FeatureConverter(ABC):
 
     @abstractmethod
     def convert(self, packed: Packed, lengths: Lengths, *, pack: bool) -> Batch:
-        """i32[rows, length] arrays, and f32[rows, length] "decoder_loss_weights".
+        """i32[rows, length] arrays, and f32[rows, length] ones that end in "_loss_weights".
 
         Args:
           packed: rows that keep `limits(lengths)`; one example a row unless `pack`.
@@ -87,11 +82,26 @@ class FeatureConverter(ABC):
           pack: whether to add segment ids (from 1) and positions (from 0).
         """
 
+    def _limited(self) -> tuple[str, ...]:
+        """The features that need a length."""
+        return self.task_features
+
     def _lengths(self, lengths: Lengths) -> dict[str, int]:
-        return {name: lengths[name] for name in self.task_features}
+        return {name: lengths[name] for name in self._limited()}
 
     def _totals(self, examples: Examples) -> tuple[Int[np.ndarray, " examples_plus_1"], ...]:
-        return tuple(tokens.offsets for tokens in examples.values())
+        return tuple(examples[name].offsets for name in self._limited())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConverter(FeatureConverter):
+    """What the converters for models with a decoder share.
+
+    Attributes:
+      bos_id: decoder input at the first position of an example.
+    """
+
+    bos_id: int = 0
 
     def _decoder(self, packed: Packed, targets: Ragged, length: int, pack: bool) -> Batch:
         layout = Layout.of(packed, targets, length)
@@ -99,10 +109,10 @@ class FeatureConverter(ABC):
         batch = {
             "decoder_target_tokens": tokens,
             "decoder_input_tokens": self._shift_right(targets, tokens, layout, pack),
-            "decoder_loss_weights": (tokens != 0).astype(np.float32),
+            "decoder_loss_weights": layout.place(np.ones_like(targets.values)).astype(np.float32),
         }
         if pack:
-            batch |= _segments("decoder", packed, targets, layout)
+            batch |= segments("decoder", packed, targets, layout)
         return batch
 
     def _shift_right(
@@ -118,7 +128,8 @@ class FeatureConverter(ABC):
         return layout.place(previous)
 
 
-def _segments(side: str, packed: Packed, tokens: Ragged, layout: Layout) -> Batch:
+def segments(side: str, packed: Packed, tokens: Ragged, layout: Layout) -> Batch:
+    """i32[rows, length] number of each token's example in its row, and of the token in it."""
     return {
         f"{side}_segment_ids": layout.place(np.repeat(packed.segment, tokens.lengths)),
         f"{side}_positions": layout.place(tokens.position_of_value),
@@ -126,7 +137,7 @@ def _segments(side: str, packed: Packed, tokens: Ragged, layout: Layout) -> Batc
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EncDecConverter(FeatureConverter):
+class EncDecConverter(DecoderConverter):
     """Encoder-decoder: "inputs" are read by the encoder, "targets" written by the decoder."""
 
     task_features: ClassVar[tuple[str, ...]] = ("inputs", "targets")
@@ -137,12 +148,12 @@ class EncDecConverter(FeatureConverter):
         batch = {"encoder_input_tokens": layout.place(inputs.values)}
         batch |= self._decoder(packed, packed.examples["targets"], lengths["targets"], pack)
         if pack:
-            batch |= _segments("encoder", packed, inputs, layout)
+            batch |= segments("encoder", packed, inputs, layout)
         return batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LMConverter(FeatureConverter):
+class LMConverter(DecoderConverter):
     """Decoder-only language model over "targets"."""
 
     task_features: ClassVar[tuple[str, ...]] = ("targets",)
@@ -152,7 +163,7 @@ class LMConverter(FeatureConverter):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrefixLMConverter(FeatureConverter):
+class PrefixLMConverter(DecoderConverter):
     """Decoder-only model over "inputs" followed by "targets", both lengths added up.
 
     "decoder_causal_attention" is 1 where positions see each other in both directions: on the

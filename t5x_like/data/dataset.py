@@ -101,8 +101,8 @@ class DatasetConfig:
             )
         if self.use_cached is False:
             return self._build_seqio(rows, "use_cached is False")
-        task = self._cached_task()
-        members = _members(self.cache_dir, task)
+        task = self.cached_task()
+        members = members_of(self.cache_dir, task)
         foreign = [f"{m.name}: {m.not_serializable}" for m, _ in members if m.pipeline is None]
         if not foreign:
             _log_route(f"{self.mixture_or_task_name!r} is read from the cache by Grain.")
@@ -115,7 +115,17 @@ class DatasetConfig:
         return self._build_seqio(rows, foreign[0])
 
     def check_vocabulary(self, features: Mapping[str, OutputFeature]) -> None:
-        """Raises UserError if `vocabulary` is given and is not that of all `features`."""
+        """Raises UserError if a feature's vocabulary is not `vocabulary`, or tells no padding."""
+        unmarked = "encoder_input_tokens" in self.element_spec and (
+            "encoder_segment_ids" not in self.element_spec
+        )
+        for name, feature in features.items() if unmarked else ():
+            if feature.vocabulary.zero_is_token:
+                raise UserError(
+                    f"Id 0 is a token in the vocabulary of {name!r} of "
+                    f"{self.mixture_or_task_name!r}, so that an encoder cannot tell padding by it; "
+                    "set DatasetConfig.pack = True."
+                )
         for name, feature in features.items() if self.vocabulary else ():
             found = feature.vocabulary
             wanted = vocabularies.load(str(self.vocabulary), extra_ids=found.extra_ids).spec
@@ -134,8 +144,12 @@ class DatasetConfig:
         given["feature_converter"] = repr(self.feature_converter)
         return json.loads(json.dumps(given | {"tasks": tasks}, default=dict))
 
-    def _cached_task(self) -> TaskManifest:
-        """The manifest of the Task; its cache is made first if need be and allowed."""
+    def cached_task(self) -> TaskManifest:
+        """The manifest of the Task; its cache is made first if need be and allowed.
+
+        Raises:
+          UserError: there is no cache and none may be made, or making it failed.
+        """
         wanted = (self.cache_dir, self.mixture_or_task_name, self.module)
         task, reason = task_modules.find_cached(*wanted)
         if task is None and self.use_cached is True:
@@ -157,7 +171,6 @@ class DatasetConfig:
     def _build_grain(
         self, rows: list[int], task: TaskManifest, members: Sequence[tuple[TaskManifest, float]]
     ) -> BatchIterator:
-        self.check_vocabulary(task.output_features)
         # With a last epoch, one shard fills all rows.
         num_shards = 1 if self.num_epochs else self.batch_size
         windows = [self._windows(member, num_shards) for member, _ in members]
@@ -196,7 +209,12 @@ class DatasetConfig:
         features: Mapping[str, OutputFeature],
         tasks: Mapping[str, Any],
     ) -> BatchIterator:
-        """The iterator over `shards`; both routes end here. See `fingerprint` for `tasks`."""
+        """The iterator over `shards`; both routes end here. See `fingerprint` for `tasks`.
+
+        Raises:
+          UserError: see `check_vocabulary`.
+        """
+        self.check_vocabulary(features)
         return ShardedBatchIterator(
             shards,
             rows=rows,
@@ -235,7 +253,7 @@ def _log_route(text: str) -> None:
     log.info(text)
 
 
-def _members(cache_dir: str, task: TaskManifest) -> list[tuple[TaskManifest, float]]:
+def members_of(cache_dir: str, task: TaskManifest) -> list[tuple[TaskManifest, float]]:
     """The Tasks of a Mixture with their rates; a Task alone has the rate 1."""
     if task.kind == "task":
         return [(task, 1.0)]

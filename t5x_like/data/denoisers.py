@@ -110,8 +110,11 @@ class Preprocessor(ABC):
 
 def from_dict(step: Mapping[str, Any]) -> Preprocessor:
     """Inverse of `Preprocessor.to_dict`."""
-    steps = (SpanCorruption, IIDDenoising, PrefixLM, FullLM, AppendEos)
-    known = {cls.__name__: cls for cls in steps}
+    from t5x_like.data import chat, encoder_steps, templates  # which import this module
+
+    ours = (SpanCorruption, IIDDenoising, PrefixLM, FullLM, AppendEos)
+    steps = (*ours, *encoder_steps.STEPS, *templates.STEPS, *chat.STEPS)
+    known: dict[str, type[Preprocessor]] = {cls.__name__: cls for cls in steps}
     if step["op"] not in known:
         raise UserError(
             f"The cache asks for the step {step['op']!r}, which this version does not have."
@@ -138,7 +141,7 @@ class _Denoiser(Preprocessor):
         object.__setattr__(self, "prefix", tuple(self.prefix))  # JSON has lists only
 
     def apply(self, examples: Examples, context: Context, rng: np.random.Generator) -> Examples:
-        inputs, targets = self._denoise(examples["targets"], context, rng)
+        inputs, targets = self._denoise(documents_of(examples, context), context, rng)
         for token in reversed(self.prefix):
             inputs = inputs.prepend(token)
         return {"inputs": inputs, "targets": targets}
@@ -207,7 +210,7 @@ class SpanCorruption(_Denoiser):
         self, documents: Ragged, context: Context, rng: np.random.Generator
     ) -> tuple[Ragged, Ragged]:
         length = self.tokens_length(context)
-        tokens = _concatenate(documents).split_rows(length)
+        tokens = concatenate(documents).split_rows(length)
         num_full, rest = divmod(len(tokens.values), length)
         masks = [
             spans.random_spans_mask(rng, rows=rows, length=size, **self._law()).ravel()
@@ -254,7 +257,7 @@ class IIDDenoising(_Denoiser):
                 f"{length} tokens at density {p} needs about {needed}. Give longer targets or "
                 "shorter inputs in task_feature_lengths."
             )
-        tokens = _concatenate(documents).split_rows(length)
+        tokens = concatenate(documents).split_rows(length)
         mask = rng.random(len(tokens.values)) < p
         return _to_sentinels(tokens, mask, context)
 
@@ -296,7 +299,7 @@ class PrefixLM(_Denoiser):
         self, documents: Ragged, context: Context, rng: np.random.Generator
     ) -> tuple[Ragged, Ragged]:
         length = self.tokens_length(context)
-        documents = _concatenate(documents) if self.concatenate else _without_padding(documents)
+        documents = concatenate(documents) if self.concatenate else documents
         tokens = documents.split_rows(length)
         sizes = tokens.lengths
         if self.suffix_density is None:
@@ -319,9 +322,9 @@ class FullLM(Preprocessor):
     """Language modelling: documents, each with EOS, put end to end and cut to targets' length."""
 
     def apply(self, examples: Examples, context: Context, rng: np.random.Generator) -> Examples:
-        documents = _without_padding(examples["targets"])
-        documents = documents.append(context.features["targets"].vocabulary.eos_id)
-        return {"targets": _concatenate(documents).split_rows(context.length("targets"))}
+        eos_id = context.features["targets"].vocabulary.eos_id
+        documents = documents_of(examples, context).append(eos_id)
+        return {"targets": concatenate(documents).split_rows(context.length("targets"))}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -341,15 +344,18 @@ class AppendEos(Preprocessor):
         return done
 
 
-def _without_padding(documents: Ragged) -> Ragged:
+def documents_of(examples: Examples, context: Context) -> Ragged:
+    """The documents in "targets", without padding that their source may have put between."""
+    documents = examples["targets"]
     real = documents.values != 0
-    return documents if real.all() else documents.select(real)
+    if real.all() or context.features["targets"].vocabulary.zero_is_token:
+        return documents
+    return documents.select(real)
 
 
-def _concatenate(documents: Ragged) -> Ragged:
-    """One row with the tokens of all documents, zeros stripped."""
-    values = _without_padding(documents).values
-    return Ragged(values, np.array([0, len(values)]))
+def concatenate(documents: Ragged) -> Ragged:
+    """One row with the tokens of all documents."""
+    return Ragged(documents.values, np.array([0, len(documents.values)]))
 
 
 def _to_sentinels(tokens: Ragged, mask: np.ndarray, context: Context) -> tuple[Ragged, Ragged]:

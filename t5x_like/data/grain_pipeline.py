@@ -109,9 +109,8 @@ class TaskWindows:
             examples = step.apply(examples, self._context, rng)
         lengths = self._context.lengths
         trimmed = {
-            name: self._context.trim(name, tokens, lengths[name])
+            name: self._context.trim(name, tokens, lengths[name]) if name in lengths else tokens
             for name, tokens in examples.items()
-            if name in lengths
         }
         return self._converter.block(trimmed)
 

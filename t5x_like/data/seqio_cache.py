@@ -22,6 +22,7 @@ from t5x_like.data.cache_format import CachedFeature, ShardStats, TaskManifest
 from t5x_like.data.seqio_preprocessors import output_features
 from t5x_like.data.seqio_sources import DocumentSource
 from t5x_like.data.seqio_vocabularies import spec_of
+from t5x_like.data.templates import RECORD
 from t5x_like.errors import UserError, did_you_mean
 
 MAX_SHARDS = 1024
@@ -262,11 +263,13 @@ def _stored_dtype(task: seqio.Task, name: str, spec: tf.TensorSpec) -> str:
 
 
 def token_features(task: seqio.Task, features: Mapping[str, CachedFeature]) -> list[str]:
-    """The cached features that are token sequences of the Task."""
+    """The cached features that are token sequences of the Task, or the bytes of its records."""
     return [
         name
         for name, feature in features.items()
-        if name in task.output_features and feature.dtype.startswith("uint") and feature.rank == 1
+        if (name in task.output_features or name == RECORD)
+        and feature.dtype.startswith("uint")
+        and feature.rank == 1
     ]
 
 

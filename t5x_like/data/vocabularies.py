@@ -33,6 +33,10 @@ class Vocabulary(Protocol):
         """Text of `ids` up to the first end of sequence, padding left out."""
         ...
 
+    def pieces(self) -> list[str]:
+        """Every id's piece, as the vocabulary's file spells it."""
+        ...
+
 
 class SentencePiece:
     """A SentencePiece model file with sentinels added after its pieces, as T5 adds them."""
@@ -69,6 +73,9 @@ class SentencePiece:
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode(_strip(ids, self.spec))
 
+    def pieces(self) -> list[str]:
+        return self._processor.id_to_piece(list(range(self.spec.size)))
+
 
 class Bytes:
     """UTF-8 bytes as ids 3 to 258 (0 padding, 1 end, 2 unknown), sentinels after them.
@@ -95,12 +102,16 @@ class Bytes:
         stripped = (i - self._SPECIAL for i in _strip(ids, self.spec))
         return bytes(i for i in stripped if 0 <= i < 256).decode("utf-8", errors="replace")
 
+    def pieces(self) -> list[str]:
+        sentinels = [f"<extra_id_{i}>" for i in reversed(range(self.spec.extra_ids))]
+        return ["<pad>", "</s>", "<unk>", *map(chr, range(256)), *sentinels]
+
 
 class HuggingFace:
     """A Hugging Face tokenizer.json.
 
-    Id 0 must be padding. Where the file has an ordinary token there (GPT-2's "!"), all ids are
-    shifted by one (`spec.offset`); a special token there (a padding or unknown token) stays.
+    Ids are those of the file, as models that were trained with it expect. Where it has an ordinary
+    token as id 0 (GPT-2's "!"), `spec.zero_is_token` says so.
     Sentinels that the file has at its end in T5's order are used; otherwise `extra_ids` of them are
     added after its last id.
     """
@@ -118,23 +129,21 @@ class HuggingFace:
         except Exception as error:
             raise UserError(f"{path} is not a Hugging Face tokenizer.json ({error}).") from None
         added = self._tokenizer.get_added_tokens_decoder()
-        offset = int(not (PAD_ID in added and added[PAD_ID].special))
         in_file = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         found = self._sentinels_at_end(in_file)
         self.spec = VocabularySpec(
             kind="huggingface",
-            size=in_file + offset + (0 if found else extra_ids),
+            size=in_file + (0 if found else extra_ids),
             sha256=hashlib.sha256(contents).hexdigest(),
-            eos_id=self._special_id(self._eos_candidates(path), path) + offset,
-            unk_id=self._unk_id(offset),
+            eos_id=self._special_id(self._eos_candidates(path), path),
+            unk_id=self._unk_id(),
             extra_ids=found or extra_ids,
             path=path,
-            offset=offset,
+            zero_is_token=not (PAD_ID in added and added[PAD_ID].special),
         )
 
     def encode(self, text: str) -> list[int]:
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return [i + self.spec.offset for i in ids] if self.spec.offset else ids
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Sentinels come back as their names, other special tokens are left out."""
@@ -142,11 +151,19 @@ class HuggingFace:
         text, run = [], []
         for i in _strip(ids, self.spec):
             if i < first_sentinel:
-                run.append(i - self.spec.offset)
+                run.append(i)
                 continue
             text += [self._tokenizer.decode(run), f"<extra_id_{self.spec.size - 1 - i}>"]
             run = []
         return "".join([*text, self._tokenizer.decode(run)])
+
+    def pieces(self) -> list[str]:
+        size, first_sentinel = self.spec.size, self.spec.size - self.spec.extra_ids
+        return [
+            self._tokenizer.id_to_token(i)
+            or (f"<extra_id_{size - 1 - i}>" if i >= first_sentinel else "<pad>")
+            for i in range(size)
+        ]
 
     def _sentinels_at_end(self, in_file: int) -> int:
         count = 0
@@ -172,10 +189,10 @@ class HuggingFace:
             '"eos_token" in a tokenizer_config.json beside the file.'
         )
 
-    def _unk_id(self, offset: int) -> int | None:
+    def _unk_id(self) -> int | None:
         names = (getattr(self._tokenizer.model, "unk_token", None), *self._UNK)
         known = [self._tokenizer.token_to_id(name) for name in names if name]
-        return next((i + offset for i in known if i is not None), None)
+        return next((i for i in known if i is not None), None)
 
 
 @functools.lru_cache(maxsize=8)
@@ -236,6 +253,6 @@ def _strip(ids: Iterable[int], spec: VocabularySpec) -> list[int]:
     for i in map(int, ids):
         if i == spec.eos_id:
             break
-        if i != PAD_ID:
+        if i != PAD_ID or spec.zero_is_token:
             kept.append(i)
     return kept

@@ -13,6 +13,8 @@ from flax import traverse_util
 
 from t5x_like.errors import UserError
 from t5x_like.interop import matching, t5x_legacy
+from t5x_like.interop.hugging_face import checkpoint as hugging_face
+from t5x_like.interop.own import find_own_checkpoint, unknown_checkpoint
 
 
 def load_initial_params(
@@ -20,15 +22,18 @@ def load_initial_params(
     param_info: Mapping[str, Any],
     *,
     shardings: Mapping[str, Any] | None = None,
+    config: Any = None,
 ) -> dict[str, Any]:
     """Reads only the parameters of a checkpoint, in the names, shapes and dtypes of the model.
 
     Args:
-      path: a checkpoint of this system (`MODEL_DIR`, `MODEL_DIR/checkpoints` or one step in it)
-        or of T5X, legacy or Orbax (a model directory or one `checkpoint_<step>`); the latest
-        step where there are several.
+      path: a checkpoint of this system (`MODEL_DIR`, `MODEL_DIR/checkpoints` or one step in it),
+        of T5X, legacy or Orbax (a model directory or one `checkpoint_<step>`), the latest step
+        where there are several; or a Hugging Face directory (config.json and safetensors).
       param_info: nested dict of `ParamInfo`, as `ModelDef.param_info`.
       shardings: nested dict of `jax.sharding.Sharding`, as `parallel.logical.param_shardings`.
+      config: the config of the model; where a Hugging Face directory says something else (another
+        activation, other rotary frequencies), which no shape shows, a warning is logged.
 
     Returns:
       Nested dict of numpy arrays, or of global `jax.Array`s if there are shardings.
@@ -42,30 +47,24 @@ def load_initial_params(
     if t5x_legacy.find_t5x_checkpoint(path) is not None:
         tree = t5x_legacy.open_t5x_checkpoint(path).params
         return t5x_legacy.to_stacked(tree, param_info, shardings=shardings)
-    raise _unknown(path)
+    if hugging_face.is_hugging_face(path):
+        return hugging_face.load_params(path, param_info, shardings=shardings, config=config)
+    raise unknown_checkpoint(path)
 
 
 def initial_step(path: str | epath.Path) -> int:
-    """The step at which `path`'s checkpoint was taken; errors as `load_initial_params`."""
+    """The step at which `path`'s checkpoint was taken, 0 for Hugging Face's, which do not say it.
+
+    Errors are those of `load_initial_params`.
+    """
     own = find_own_checkpoint(path)
     if own is not None:
         return int(own.name)
     if t5x_legacy.find_t5x_checkpoint(path) is not None:
         return t5x_legacy.open_t5x_checkpoint(path).step
-    raise _unknown(path)
-
-
-def find_own_checkpoint(path: str | epath.Path) -> epath.Path | None:
-    """Returns the `checkpoints/<step>` directory at `path` or the latest one below it."""
-    directory = epath.Path(path)
-    if directory.name.isdigit() and (directory / "state").is_dir():
-        return directory
-    for parent in (directory / "checkpoints", directory):
-        if parent.is_dir():
-            steps = [p for p in parent.iterdir() if p.name.isdigit() and (p / "state").is_dir()]
-            if steps:
-                return max(steps, key=lambda p: int(p.name))
-    return None
+    if hugging_face.is_hugging_face(path):
+        return 0
+    raise unknown_checkpoint(path)
 
 
 def _load_own(
@@ -82,7 +81,8 @@ def _load_own(
         else ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype)
         for n, leaf in abstract.items()
     }
-    state = step_dir / "state"
+    # Orbax takes absolute paths only.
+    state = (step_dir if "://" in str(step_dir) else step_dir.absolute()) / "state"
     handler = ocp.PyTreeCheckpointHandler()
     try:
         saved = handler.metadata(state).tree["params"]
@@ -105,11 +105,3 @@ def _load_own(
     finally:
         handler.close()
     return restored["params"]
-
-
-def _unknown(path: str | epath.Path) -> UserError:
-    what = "has no checkpoint" if epath.Path(path).is_dir() else "is no directory"
-    return UserError(
-        f"INITIAL_CHECKPOINT_PATH '{path}' {what} that can be read; known kinds: t5x_like "
-        "(MODEL_DIR or checkpoints/<step>), T5X legacy and T5X Orbax (checkpoint_<step>)."
-    )

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from t5x_like.errors import UserError, did_you_mean
 
-if TYPE_CHECKING:
-    from t5x_like.models.base import ParamInfo
-
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """An array that is read when it is needed: its shape and dtype are known before."""
+    """An array that is read when it is needed: its shape and dtype are known before.
+
+    Attributes:
+      chunk: shape of what is read from the file at least.
+      read: () -> the whole array.
+      take: (index, axis) -> the part at `index` of `axis`, without that axis.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
+    chunk: tuple[int, ...] = ()
     read: Callable[[], np.ndarray]
+    take: Callable[[int, int], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @classmethod
     def of(cls, array: Any) -> Source:
@@ -29,16 +39,34 @@ class Source:
         if isinstance(array, Source):
             return array
         value = np.asarray(array)
-        return cls(shape=value.shape, dtype=value.dtype, read=lambda: value)
+        return cls(
+            shape=value.shape,
+            dtype=value.dtype,
+            read=lambda: value,
+            take=lambda i, axis: value[(slice(None),) * axis + (i,)],
+        )
+
+    def map(
+        self,
+        function: Callable[[np.ndarray], np.ndarray],
+        *,
+        shape: tuple[int, ...] | None = None,
+        dtype: Any = None,
+    ) -> Source:
+        """Applies an elementwise or reshaping function of a leading axis to what is read."""
+        read, take = self.read, self.take
+        return Source(
+            shape=self.shape if shape is None else shape,
+            dtype=self.dtype if dtype is None else np.dtype(dtype),
+            read=lambda: function(read()),
+            take=lambda i, axis: function(take(i, axis)),
+        )
 
     def view(self, dtype: Any) -> Source:
         """Takes the bits of a uint16 array for `dtype`; an array of another dtype is unchanged."""
         if self.dtype != np.uint16:
             return self
-        read = self.read
-        return Source(
-            shape=self.shape, dtype=np.dtype(dtype), read=lambda: read().view(np.dtype(dtype))
-        )
+        return self.map(lambda x: x.view(np.dtype(dtype)), dtype=dtype)
 
 
 def place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> np.ndarray | jax.Array:
@@ -48,8 +76,13 @@ def place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> np.ndarr
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
+class HasShape(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
 def check_match(
-    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, ParamInfo], *, what: str = ""
+    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, HasShape], *, what: str = ""
 ) -> None:
     """Raises a UserError that lists every name or shape in which checkpoint and model differ."""
     problems = list(_differences(found, wanted))
@@ -59,7 +92,7 @@ def check_match(
 
 
 def _differences(
-    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, ParamInfo]
+    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, HasShape]
 ) -> Iterator[str]:
     missing, extra = wanted.keys() - found.keys(), found.keys() - wanted.keys()
     for name in sorted(missing):

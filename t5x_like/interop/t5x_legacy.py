@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import msgpack
 import numpy as np
-import tensorstore as ts
 from etils import epath
 from flax import serialization, traverse_util
 
 from t5x_like.errors import UserError
+from t5x_like.interop import arrays
 from t5x_like.interop.matching import Source, check_match, place
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _is_checkpoint(directory: epath.Path) -> bool:
         return True
     # The step counter is `state.step` in T5X's tree and `step` in ours.
     return (directory / "state").is_dir() and any(
-        name.startswith(b"target.") for name in _list_arrays(directory / "state")
+        name.startswith(b"target.") for name in arrays.list_arrays(directory / "state")
     )
 
 
@@ -141,7 +141,9 @@ def _legacy_source(
         # Only the name of the array's directory is used. Driver and bucket are those of the
         # machine that wrote it; chunks and compressor are in the array's own `.zarray`.
         spec_path = leaf["kvstore"].get("path") or leaf.get("path", "")
-        source = _open_array(_kvstore(directory / PurePosixPath(spec_path).name), name=name)
+        source = arrays.open_array(
+            arrays.kvstore(directory / PurePosixPath(spec_path).name), name=name
+        )
     else:
         source = Source.of(leaf)
     return source.view(ml_dtypes.bfloat16) if uint16_is_bfloat16 else source
@@ -152,31 +154,7 @@ def _legacy_source(
 
 def _open_orbax(directory: epath.Path) -> LoadedCheckpoint:
     state = directory / "state"
-    sources = {
-        name.decode().replace(".", "/"): _open_array(
-            _orbax_kvstore(state, name.decode() + "/"), name=name.decode(), driver=driver
-        )
-        for name, driver in _list_arrays(state).items()
-    }
-    return _checkpoint(sources, where=state)
-
-
-def _list_arrays(state: epath.Path) -> dict[bytes, str]:
-    """Returns {array name: TensorStore driver} of an Orbax tree of arrays."""
-    drivers = {b".zarray": "zarr", b"zarr.json": "zarr3"}
-    try:
-        keys = ts.KvStore.open(_orbax_kvstore(state)).result().list().result()
-    except ValueError as error:
-        raise _damaged(str(state), error) from error
-    split = (key.rpartition(b"/") for key in keys)
-    return {name: drivers[file] for name, _, file in split if name and file in drivers}
-
-
-def _orbax_kvstore(state: epath.Path, path: str = "") -> dict[str, Any]:
-    if (state / "manifest.ocdbt").exists():
-        return {"driver": "ocdbt", "base": _kvstore(state), "path": path}
-    store = _kvstore(state)
-    return {**store, "path": store["path"] + path}
+    return _checkpoint(arrays.open_orbax_tree(state), where=state)
 
 
 # ---- Both.
@@ -195,37 +173,6 @@ def _checkpoint(sources: Mapping[str, Source], *, where: epath.Path) -> LoadedCh
         step=int(sources["state/step"].read()),
         opt_state=subtree("state/param_states/") or None,
     )
-
-
-def _kvstore(path: epath.Path) -> dict[str, Any]:
-    """TensorStore's key-value store for a local directory or a `gs://bucket/...` one."""
-    if str(path).startswith("gs://"):
-        bucket, _, key = str(path).removeprefix("gs://").partition("/")
-        return {"driver": "gcs", "bucket": bucket, "path": key.rstrip("/") + "/"}
-    return {"driver": "file", "path": str(path.resolve()) + "/"}
-
-
-def _open_array(kvstore: dict[str, Any], *, name: str, driver: str = "zarr") -> Source:
-    # A chunk file that is missing would otherwise be read as zeros.
-    spec = {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": False}
-
-    def guarded(action: Callable[[], Any]) -> Any:
-        try:
-            return action()
-        except ValueError as error:
-            raise _damaged(name, error) from error
-
-    array = guarded(lambda: ts.open(spec, open=True, read=True).result())
-    return Source(
-        shape=tuple(array.shape),
-        dtype=array.dtype.numpy_dtype,
-        read=lambda: guarded(lambda: np.asarray(array.read().result())),
-    )
-
-
-def _damaged(name: str, error: ValueError) -> UserError:
-    reason = re.split(r" \[\w+(?: locations)?=", str(error), maxsplit=1)[0]
-    return UserError(f"Array '{name}' of the checkpoint cannot be read: {' '.join(reason.split())}")
 
 
 def _read_all(tree: dict[str, Any]) -> dict[str, Any]:
@@ -261,15 +208,41 @@ def to_stacked(
       UserError: one line with every missing, superfluous and mis-shaped parameter.
     """
     wanted = traverse_util.flatten_dict(param_info, sep="/")
-    found = _canonical(traverse_util.flatten_dict(tree, sep="/"))
-    found = {n: _merge_heads(s, wanted[n]) if n in wanted else s for n, s in found.items()}
-    check_match({n: s.shape for n, s in found.items()}, wanted)
+    found = match(tree, wanted)
     where = traverse_util.flatten_dict(shardings or {}, sep="/")
     arrays = {
         name: place(np.asarray(found[name].read(), info.dtype), where.get(name))
         for name, info in wanted.items()
     }
     return traverse_util.unflatten_dict(arrays, sep="/")
+
+
+def match(tree: Mapping[str, Any], wanted: Mapping[str, ParamInfo]) -> dict[str, Source]:
+    """What `to_stacked` says, but nothing is read, and names are flat."""
+    found = by_our_names(tree, wanted)
+    check_match({n: s.shape for n, s in found.items()}, wanted)
+    return found
+
+
+def by_our_names(tree: Mapping[str, Any], wanted: Mapping[str, ParamInfo]) -> dict[str, Source]:
+    """All of `tree` under our names, in the shapes of `wanted` where it has them; not checked."""
+    found = _canonical(traverse_util.flatten_dict(tree, sep="/"))
+    for side in ("encoder", "decoder"):
+        shared, layers = (f"{side}/{place}relpos_bias/rel_embedding" for place in ("", "layers/"))
+        if shared in wanted and layers in found and shared not in found:
+            found[shared] = _one_for_all(layers, found.pop(layers))
+    return {n: _merge_heads(s, wanted[n]) if n in wanted else s for n, s in found.items()}
+
+
+def _one_for_all(name: str, source: Source) -> Source:
+    """The one table that all layers have: T5X's scanned and decoder-only models repeat it."""
+    tables = source.read()
+    if not (tables == tables[:1]).all():
+        raise UserError(
+            f"The checkpoint's layers have different tables '{name}', the model has one for all: "
+            "set RelativePositionsConfig.per_layer = True."
+        )
+    return Source.of(tables[0])
 
 
 def _canonical(flat: Mapping[str, Any]) -> dict[str, Source]:
@@ -298,12 +271,16 @@ def _stack(name: str, layers: Mapping[int, Source]) -> Source:
         )
 
     def read() -> np.ndarray:
-        out = np.empty((len(layers), *layers[0].shape), layers[0].dtype)
+        out = np.empty(shape, layers[0].dtype)
         for i, source in layers.items():
             out[i] = source.read()
         return out
 
-    return Source(shape=(len(layers), *layers[0].shape), dtype=layers[0].dtype, read=read)
+    def take(i: int, axis: int) -> np.ndarray:
+        return layers[i].read() if axis == 0 else read().take(i, axis)
+
+    shape = (len(layers), *layers[0].shape)
+    return Source(shape=shape, dtype=layers[0].dtype, read=read, take=take)
 
 
 def _layers_first(source: Source) -> Source:
@@ -314,6 +291,7 @@ def _layers_first(source: Source) -> Source:
         shape=(layers, first, *rest),
         dtype=source.dtype,
         read=lambda: np.moveaxis(source.read(), 1, 0),
+        take=lambda i, axis: source.take(i, {0: 1, 1: 0}.get(axis, axis)),
     )
 
 
@@ -325,4 +303,8 @@ def _merge_heads(source: Source, info: ParamInfo) -> Source:
     joined = info.logical_axes.index(axes[0])
     pair = source.shape[joined : joined + 2]
     shape = (*source.shape[:joined], math.prod(pair), *source.shape[joined + 2 :])
-    return Source(shape=shape, dtype=source.dtype, read=lambda: source.read().reshape(shape))
+
+    def merge(x: np.ndarray) -> np.ndarray:
+        return x.reshape(shape[len(shape) - (x.ndim - 1) :])
+
+    return source.map(merge, shape=shape)

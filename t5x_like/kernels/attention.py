@@ -135,6 +135,23 @@ def attention(
     return out.reshape(len(query), -1, *out.shape[2:])[:, :length]
 
 
+def cached_attention(
+    query: Float[Array, "rows query heads head_dim"],
+    key: Float[Array, "rows kv_heads key head_dim"],
+    value: Float[Array, "rows kv_heads key head_dim"],
+    *,
+    allowed: Bool[Array, "#rows #query key"],
+    bias: Float[Array, "#rows heads #query key"] | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+) -> Float[Array, "rows query heads head_dim"]:
+    """`attention` over keys and values that lie heads first, as a cache holds them."""
+    query = (query * scale if scale != 1.0 else query).swapaxes(1, 2)
+    out = _softmax_average(query, key, value, bias, allowed[:, None], None, sinks, softcap)
+    return out.swapaxes(1, 2)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Rows:
     """Independent attentions: of whole sequences, or of the blocks of sequences."""

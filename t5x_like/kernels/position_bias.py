@@ -82,6 +82,11 @@ class RelativeBias:
         distances = np.arange(1 - query_length, key_length + 1) + first_key
         return toeplitz(self.table[:, self.buckets(distances)], num_rows=query_length)
 
+    def behind(self, distances: Int[Array, " key"]) -> Float[Array, "heads key"]:
+        """The bias of keys that stand `distances` >= 0 positions before their query."""
+        buckets = self.buckets(-np.arange(self.max_distance + 1))  # Saturated at the last one.
+        return self.table[:, jnp.asarray(buckets)[jnp.minimum(distances, self.max_distance)]]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AlibiBias:
@@ -109,6 +114,10 @@ class AlibiBias:
         distances = np.arange(1 - query_length, key_length + 1) + first_key
         values = -np.abs(distances) * self.slopes()[:, None]
         return toeplitz(jnp.asarray(values, jnp.float32), num_rows=query_length)
+
+    def behind(self, distances: Int[Array, " key"]) -> Float[Array, "heads key"]:
+        """The bias of keys that stand `distances` >= 0 positions before their query."""
+        return -distances.astype(jnp.float32) * self.slopes()[:, None].astype(np.float32)
 
 
 PositionBias = RelativeBias | AlibiBias

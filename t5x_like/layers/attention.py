@@ -8,13 +8,15 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from t5x_like.errors import UserError
 from t5x_like.kernels import attention as kernel
 from t5x_like.kernels.position_bias import AlibiBias, RelativeBias
+from t5x_like.layers.cache import CacheShape, DecodingStep, KeyValues
 from t5x_like.layers.checks import (
     check_bools,
     check_instance,
@@ -78,6 +80,8 @@ class AttentionConfig:
         for name in ("num_kv_heads", "window", "global_block_size"):
             if getattr(self, name) is not None:
                 check_positive_ints(self, name)
+        if self.num_kv_heads == self.num_heads:
+            object.__setattr__(self, "num_kv_heads", None)  # One spelling of one thing.
         if self.num_heads % (self.num_kv_heads or self.num_heads):
             raise UserError(
                 f"AttentionConfig.num_kv_heads {self.num_kv_heads} does not divide "
@@ -214,6 +218,40 @@ class Attention(nnx.Module):
         broadcast_dims: tuple[int, ...],
     ) -> Float[Array, "batch query embed"]:
         """`positions` count from 0 within each packed example; None means one example a row."""
+        return self.attend(
+            x,
+            context,
+            mask=mask,
+            positions=positions,
+            relative_bias=relative_bias,
+            global_bias=global_bias,
+            dropout_rate=dropout_rate,
+            dropout_key=dropout_key,
+            broadcast_dims=broadcast_dims,
+        )[0]
+
+    def attend(
+        self,
+        x: Float[Array, "batch query embed"],
+        context: Float[Array, "batch key embed"] | None = None,
+        *,
+        mask: kernel.AttentionMask,
+        positions: Int[Array, "batch query"] | None = None,
+        lengths: Int[Array, " batch"] | None = None,
+        relative_bias: RelativeBias | None = None,
+        global_bias: RelativeBias | None = None,
+        dropout_rate: float = 0.0,
+        dropout_key: jax.Array | None = None,
+        broadcast_dims: tuple[int, ...] = (),
+    ) -> tuple[
+        Float[Array, "batch query embed"],
+        Float[Array, "batch key kv_heads head_dim"],
+        Float[Array, "batch key kv_heads head_dim"],
+    ]:
+        """What a call gives, and the keys and values as they were used.
+
+        `lengths` are those of the whole sequences where `x` holds only their beginnings.
+        """
         config, scale = self.config, self.config.scale
         source = x if context is None else context
         query, key = self._project("query", x), self._project("key", source)
@@ -221,7 +259,8 @@ class Attention(nnx.Module):
         bias: RelativeBias | AlibiBias | jax.Array | None = relative_bias
         if isinstance(config.positions, RopeConfig):
             at = jnp.arange(x.shape[1])[None] if positions is None else positions
-            rotate = config.positions.rotation(at, head_dim=config.head_dim, max_length=x.shape[1])
+            length = x.shape[1] if lengths is None else lengths
+            rotate = config.positions.rotation(at, head_dim=config.head_dim, max_length=length)
             query, key = rotate(query), rotate(key)
         elif isinstance(config.positions, AlibiConfig):
             bias = AlibiBias(num_heads=config.num_heads, scale=config.positions.scale)
@@ -250,9 +289,125 @@ class Attention(nnx.Module):
             bias=bias,
             scale=scale,
             softcap=config.softcap,
-            sinks=in_use(self.sinks, jnp.dtype("float32")) if config.sinks else None,
+            sinks=self._sinks(),
             global_keys=global_keys,
             dropout=dropout,
         )
         out = checkpoint_name(out.reshape(*x.shape[:2], -1), "attention")
-        return checkpoint_name(self.out(out), "attention_out")
+        return checkpoint_name(self.out(out), "attention_out"), key, value
+
+    def _sinks(self) -> jax.Array | None:
+        return in_use(self.sinks, jnp.dtype("float32")) if self.config.sinks else None
+
+    def prefill(
+        self,
+        x: Float[Array, "batch prompt embed"],
+        *,
+        mask: kernel.AttentionMask,
+        positions: Int[Array, "batch prompt"],
+        lengths: Int[Array, " batch"],
+        relative_bias: RelativeBias | None,
+        shape: CacheShape,
+    ) -> tuple[Float[Array, "batch prompt embed"], KeyValues]:
+        """Self-attention over prompts, and the cache with their keys and values."""
+        if self.config.global_block_size is not None:
+            raise UserError(
+                f"AttentionConfig.global_block_size is {self.config.global_block_size} in a "
+                "decoder; blocks that grow token by token cannot be decoded, set it to None"
+            )
+        out, key, value = self.attend(
+            x, mask=mask, positions=positions, lengths=lengths, relative_bias=relative_bias
+        )
+        window, relative = self.config.window, None
+        if isinstance(self.config.positions, TransformerXlPositionsConfig):
+            relative = self.xl_positions.keys(np.arange(shape.slots_of(window)))
+        cache = KeyValues.of_prompt(key, value, shape=shape, window=window, relative=relative)
+        return out, cache
+
+    def step(
+        self,
+        x: Float[Array, "rows beams embed"],
+        cache: KeyValues,
+        *,
+        layer: Int[Array, ""] | None,
+        at: DecodingStep,
+        relative_bias: RelativeBias | None,
+    ) -> tuple[Float[Array, "rows beams embed"], KeyValues]:
+        """Self-attention of one token of every beam to itself and the cached ones before it.
+
+        `cache` is that of the layer's stack, in which it is number `layer`, or (None) its own.
+        """
+        config, beams = self.config, x.shape[1]
+        query, key = self._project("query", x), self._project("key", x)
+        value = self._project("value", x)
+        if isinstance(config.positions, RopeConfig):
+            rotate = config.positions.rotation(
+                at.positions, head_dim=config.head_dim, max_length=at.lengths
+            )
+            query, key = rotate(query), rotate(key)
+        cache = cache.write(key, value, layer=layer, slot=at.slot)
+        own = cache.layer(layer)
+        size = own.key.shape[2] // beams
+        distances = at.distances(size)
+        bias: jax.Array | None = None
+        if relative_bias is not None:
+            bias = relative_bias.behind(distances)[None, :, None]
+        elif isinstance(config.positions, AlibiConfig):
+            alibi = AlibiBias(num_heads=config.num_heads, scale=config.positions.scale)
+            bias = alibi.behind(distances)[None, :, None]
+        elif own.relative is not None:
+            query, by_distance = self.xl_positions.behind(query, own.relative, scale=config.scale)
+            bias = by_distance[..., distances]
+        if bias is not None and beams > 1:
+            bias = jnp.repeat(bias, beams, axis=-1)
+        out = kernel.cached_attention(
+            query,
+            own.key,
+            own.value,
+            allowed=at.allowed(size),
+            bias=bias,
+            scale=config.scale,
+            softcap=config.softcap,
+            sinks=self._sinks(),
+        )
+        return self.out(out.reshape(*x.shape[:2], -1)), cache
+
+    def prefill_context(
+        self,
+        x: Float[Array, "batch prompt embed"],
+        context: Float[Array, "batch key embed"],
+        *,
+        mask: kernel.AttentionMask,
+    ) -> tuple[Float[Array, "batch prompt embed"], KeyValues]:
+        """Attention of prompts over the context, and the keys and values of the context."""
+        if self.config != self.config.for_context():
+            raise UserError(
+                "BlockConfig.cross_attention has a window, global_block_size or positions, with "
+                "which nothing can be decoded; set them to None"
+            )
+        out, key, value = self.attend(x, context, mask=mask)
+        return out, KeyValues(key=key.swapaxes(1, 2), value=value.swapaxes(1, 2))
+
+    def step_context(
+        self,
+        x: Float[Array, "rows beams embed"],
+        cache: KeyValues,
+        *,
+        valid: Bool[Array, "batch key"],
+    ) -> Float[Array, "rows beams embed"]:
+        """Attention of one token of every beam over the context of its prompt.
+
+        All samples and beams of a prompt look at one copy of the context's keys and values.
+        """
+        query = self._project("query", x)
+        query = query.reshape(len(valid), -1, *query.shape[2:])
+        out = kernel.cached_attention(
+            query,
+            cache.key,
+            cache.value,
+            allowed=valid[:, None],
+            scale=self.config.scale,
+            softcap=self.config.softcap,
+            sinks=self._sinks(),
+        )
+        return self.out(out.reshape(*x.shape[:2], -1))

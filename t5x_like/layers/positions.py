@@ -209,15 +209,28 @@ class TransformerXlPositions(nnx.Module):
         self, query: Float[Array, "batch length heads head_dim"], *, scale: float, key_length: int
     ) -> tuple[Float[Array, "batch length heads head_dim"], Float[Array, "batch heads length key"]]:
         """The query for the content product, and the logits of positions, already scaled."""
-        length = query.shape[1]
         # The distance query - key of column c of the unshifted table, from the farthest past on.
-        distances = np.arange(length - 1, -key_length - 1, -1)
+        distances = np.arange(query.shape[1] - 1, -key_length - 1, -1)
+        content, logits = self.behind(query, self.keys(distances), scale=scale)
+        return content, _shift_rows(logits)
+
+    def keys(self, distances: Int[np.ndarray, " keys"]) -> Float[Array, "keys heads head_dim"]:
+        """What a query looks at for keys that stand this far before it."""
         table = sinusoid(distances, dim=self.embed_dim, max_wavelength=self.config.max_wavelength)
         keys = self.relative(table[None].astype(self.dtype))[0]
-        keys = keys.reshape(len(distances), self.num_heads, self.head_dim)
+        return keys.reshape(len(distances), self.num_heads, self.head_dim)
+
+    def behind(
+        self,
+        query: Float[Array, "batch length heads head_dim"],
+        keys: Float[Array, "key heads head_dim"],
+        *,
+        scale: float,
+    ) -> tuple[Float[Array, "batch length heads head_dim"], Float[Array, "batch heads length key"]]:
+        """The query for the content product, and its scaled logits with the keys of distances."""
         by_position = (query + self._bias(self.position_bias)) * scale
         logits = jnp.einsum("bthd,chd->bhtc", by_position, keys)
-        return query + self._bias(self.content_bias), _shift_rows(logits)
+        return query + self._bias(self.content_bias), logits
 
 
 def _shift_rows(x: Float[Array, "batch heads rows period"]) -> Float[Array, "batch heads rows ..."]:

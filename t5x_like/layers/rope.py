@@ -17,12 +17,16 @@ from jaxtyping import Array, Float, Int
 from t5x_like.errors import UserError
 from t5x_like.layers.checks import check_bools, check_number, check_positive_ints
 
+Length = int | Int[Array, " batch"]
+Frequencies = np.ndarray | Float[Array, "batch pairs"]
+
 
 class Scaling(Protocol):
     """Turns the frequencies of a rotary embedding into those of a longer context."""
 
-    def frequencies(self, theta: float, dim: int, length: int) -> np.ndarray:
-        """Radians a position, [dim / 2], for a sequence of `length` tokens."""
+    def frequencies(self, theta: float, dim: int, length: Length) -> Frequencies:
+        """Radians a position, [dim / 2], for a sequence of `length` tokens, or [B, dim / 2] for
+        sequences of lengths [B]."""
         ...
 
     @property
@@ -47,7 +51,7 @@ class LinearScaling:
     def __post_init__(self) -> None:
         check_number(self, "factor", low=1.0)
 
-    def frequencies(self, theta: float, dim: int, length: int) -> np.ndarray:
+    def frequencies(self, theta: float, dim: int, length: Length) -> Frequencies:
         return base_frequencies(theta, dim) / self.factor
 
 
@@ -64,10 +68,15 @@ class DynamicScaling:
         check_number(self, "factor", low=1.0)
         check_positive_ints(self, "original_length")
 
-    def frequencies(self, theta: float, dim: int, length: int) -> np.ndarray:
-        ratio = max(length, self.original_length) / self.original_length
-        stretch = self.factor * ratio - (self.factor - 1)
-        return base_frequencies(theta * stretch ** (dim / (dim - 2)), dim)
+    def frequencies(self, theta: float, dim: int, length: Length) -> Frequencies:
+        # theta * stretch ** (dim / (dim - 2)) in place of theta.
+        exponents = -np.arange(0, dim, 2) / (dim - 2)
+        base = base_frequencies(theta, dim)
+        if isinstance(length, int):
+            ratio = max(length, self.original_length) / self.original_length
+            return base * (self.factor * ratio - (self.factor - 1)) ** exponents
+        ratios = jnp.maximum(length, self.original_length)[:, None] / self.original_length
+        return base * (self.factor * ratios - (self.factor - 1)) ** exponents
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +101,7 @@ class Llama3Scaling:
                 f"low_frequency_factor {self.low_frequency_factor}"
             )
 
-    def frequencies(self, theta: float, dim: int, length: int) -> np.ndarray:
+    def frequencies(self, theta: float, dim: int, length: Length) -> Frequencies:
         frequencies = base_frequencies(theta, dim)
         turns = self.original_length * frequencies / (2 * math.pi)
         span = self.high_frequency_factor - self.low_frequency_factor
@@ -134,7 +143,7 @@ class YarnScaling:
             return self.attention_factor
         return 0.1 * math.log(self.factor) + 1.0
 
-    def frequencies(self, theta: float, dim: int, length: int) -> np.ndarray:
+    def frequencies(self, theta: float, dim: int, length: Length) -> Frequencies:
         frequencies = base_frequencies(theta, dim)
 
         def dim_of(turns: float) -> float:
@@ -185,14 +194,17 @@ class LongRopeScaling:
             return 1.0
         return math.sqrt(1 + math.log(ratio) / math.log(self.original_length))
 
-    def frequencies(self, theta: float, dim: int, length: int) -> np.ndarray:
-        factors = self.long_factors if length > self.original_length else self.short_factors
-        if len(factors) != dim // 2:
+    def frequencies(self, theta: float, dim: int, length: Length) -> Frequencies:
+        short, long = np.asarray(self.short_factors), np.asarray(self.long_factors)
+        if len(short) != dim // 2:
             raise UserError(
-                f"LongRopeScaling has {len(factors)} factors for {dim // 2} rotated pairs of dims; "
+                f"LongRopeScaling has {len(short)} factors for {dim // 2} rotated pairs of dims; "
                 "give one a pair"
             )
-        return base_frequencies(theta, dim) / np.asarray(factors)
+        base = base_frequencies(theta, dim)
+        if isinstance(length, int):
+            return base / (long if length > self.original_length else short)
+        return jnp.where(length[:, None] > self.original_length, base / long, base / short)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,16 +246,21 @@ class RopeConfig:
         return dims
 
     def rotation(
-        self, positions: Int[Array, "#batch length"], *, head_dim: int, max_length: int
+        self, positions: Int[Array, "#batch length"], *, head_dim: int, max_length: Length
     ) -> Rotation:
-        """Cosines and sines for these positions; `max_length` is what scalings go by."""
+        """Cosines and sines for these positions.
+
+        `max_length` is what scalings go by: the tokens of all sequences, or of each.
+        """
         dims = self.rotated_dims(head_dim)
+        frequencies: Frequencies
         if self.scaling is None:
             frequencies, amplitude = base_frequencies(self.theta, dims), 1.0
         else:
             frequencies = self.scaling.frequencies(self.theta, dims, max_length)
             amplitude = self.scaling.amplitude
-        angles = positions[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
+        per_row = frequencies[..., None, :].astype(np.float32)
+        angles = positions[..., None].astype(jnp.float32) * per_row
         return Rotation(
             cosine=jnp.cos(angles) * amplitude,
             sine=jnp.sin(angles) * amplitude,

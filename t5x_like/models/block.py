@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from t5x_like.errors import UserError
 from t5x_like.kernels.attention import AttentionMask
 from t5x_like.kernels.position_bias import RelativeBias
 from t5x_like.layers.attention import Attention, AttentionConfig
+from t5x_like.layers.cache import KeyValues
 from t5x_like.layers.checks import (
     check_bools,
     check_choice,
@@ -28,6 +30,8 @@ from t5x_like.layers.moe.layer import Auxiliary, MoeConfig
 from t5x_like.layers.norms import Norm, NormConfig
 from t5x_like.layers.positions import RelativePositions, RelativePositionsConfig
 from t5x_like.parallel.logical import constrain
+
+Branch = Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +89,15 @@ class BlockConfig:
         return 1.0 if self.init_stddev is None else self.init_stddev
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("own", "context"), meta_fields=())
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockCache:
+    """Keys and values of the tokens so far, and (or None) those of the encoder's output."""
+
+    own: KeyValues
+    context: KeyValues | None
+
+
 class Block(nnx.Module):
     """Self-attention, cross-attention (where there is a context) and MLP, each a residual branch.
 
@@ -132,6 +145,7 @@ class Block(nnx.Module):
         if config.residual != "parallel_shared_norm":
             self._add_norms("mlp", **width)
         self.mlp = config.mlp.build(**width, **inits)
+        self.has_bias = relative_positions is not None
         if relative_positions is not None:
             self.relpos_bias = RelativePositions(
                 relative_positions,
@@ -156,24 +170,25 @@ class Block(nnx.Module):
         global_bias: RelativeBias | None = None,
         context: Float[Array, "batch key embed"] | None = None,
         context_mask: AttentionMask | None = None,
+        real: Bool[Array, "batch query"] | None = None,
         token_ids: Int[Array, "batch query"] | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Float[Array, "batch query embed"], Auxiliary | None]:
         """Runs the block; `relative_bias` is that of the stack, unless the block has its own.
 
-        The second result is what a mixture of experts says of itself, None of a dense MLP.
+        `real` (False on padding) and `token_ids` are for mixtures of experts. The second result
+        is what a mixture says of itself, None of a dense MLP.
         """
         auxiliary: Auxiliary | None = None
         rate = self.config.dropout_rate
         broadcast_dims = (-2,) if self.config.broadcast_dropout else ()
         inner: dict[str, Any] = {"dropout_rate": rate, "broadcast_dims": broadcast_dims}
         keys = [fold_key(dropout_key, i) for i in range(6)]
-        if hasattr(self, "relpos_bias"):
+        if self.has_bias:
             relative_bias = self.relpos_bias()
 
         def attend_self(y: jax.Array) -> jax.Array:
-            attend: Attention = getattr(self, self.self_name)
-            return attend(
+            return self._self_attention(
                 y,
                 mask=mask,
                 positions=positions,
@@ -192,43 +207,126 @@ class Block(nnx.Module):
             nonlocal auxiliary
             if isinstance(self.mlp, Mlp):
                 return self.mlp(y, dropout_key=keys[4], **inner)
-            inputs = inner | {"real": mask.key_valid, "token_ids": token_ids}
-            y, auxiliary = self.mlp(y, dropout_key=keys[4], **inputs)
+            y, auxiliary = self.mlp(y, real=real, token_ids=token_ids, dropout_key=keys[4], **inner)
             return y
 
-        def drop(y: jax.Array, key: jax.Array | None) -> jax.Array:
+        def drop(branch: int, y: jax.Array) -> jax.Array:
+            key = keys[2 * branch + 1]
             return dropout(y, rate=rate, key=key, broadcast_dims=broadcast_dims)
 
+        x = self._residual(x, attend_self, attend_context, feed_forward, drop=drop)
+        return x, auxiliary
+
+    def prefill(
+        self,
+        x: Float[Array, "batch prompt embed"],
+        *,
+        context: Float[Array, "batch key embed"] | None,
+        context_mask: AttentionMask | None,
+        token_ids: Int[Array, "batch prompt"],
+        **inputs: Any,
+    ) -> tuple[Float[Array, "batch prompt embed"], BlockCache]:
+        """Runs the block on prompts and keeps what later tokens look at.
+
+        `inputs` are those of `Attention.prefill`.
+        """
+        kept: dict[str, KeyValues] = {}
+
+        def attend_self(y: jax.Array) -> jax.Array:
+            out, kept["own"] = self._self_attention.prefill(y, **self._with_bias(inputs))
+            return out
+
+        def attend_context(y: jax.Array) -> jax.Array:
+            assert context is not None and context_mask is not None
+            attend = self.encoder_decoder_attention
+            out, kept["context"] = attend.prefill_context(y, context, mask=context_mask)
+            return out
+
+        mask: AttentionMask = inputs["mask"]
+        feed_forward = functools.partial(
+            self._feed_forward, real=mask.key_valid, token_ids=token_ids
+        )
+        x = self._residual(x, attend_self, attend_context, feed_forward)
+        return x, BlockCache(own=kept["own"], context=kept.get("context"))
+
+    def step(
+        self,
+        x: Float[Array, "rows beams embed"],
+        own: KeyValues,
+        context: KeyValues | None,
+        *,
+        context_valid: Bool[Array, "batch key"] | None,
+        token_ids: Int[Array, "rows beams"],
+        **inputs: Any,
+    ) -> tuple[Float[Array, "rows beams embed"], KeyValues]:
+        """Runs the block on one token of every beam; `inputs` are those of `Attention.step`.
+
+        Returns the new `own`, the cache of self-attention; that of the context stays.
+        """
+        written = own
+
+        def attend_self(y: jax.Array) -> jax.Array:
+            nonlocal written
+            out, written = self._self_attention.step(y, own, **self._with_bias(inputs))
+            return out
+
+        def attend_context(y: jax.Array) -> jax.Array:
+            assert context is not None and context_valid is not None
+            return self.encoder_decoder_attention.step_context(y, context, valid=context_valid)
+
+        feed_forward = functools.partial(self._feed_forward, real=None, token_ids=token_ids)
+        return self._residual(x, attend_self, attend_context, feed_forward), written
+
+    @property
+    def _self_attention(self) -> Attention:
+        attention: Attention = getattr(self, self.self_name)
+        return attention
+
+    def _with_bias(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """With the block's own relative bias, where it has one, in place of the stack's."""
+        return inputs | {"relative_bias": self.relpos_bias()} if self.has_bias else inputs
+
+    def _feed_forward(
+        self, y: jax.Array, *, real: jax.Array | None, token_ids: jax.Array
+    ) -> jax.Array:
+        """The MLP while generating: no dropout, and no expert drops a token."""
+        plain: dict[str, Any] = {"dropout_rate": 0.0, "dropout_key": None, "broadcast_dims": ()}
+        if isinstance(self.mlp, Mlp):
+            return self.mlp(y, **plain)
+        return self.mlp(y, real=real, token_ids=token_ids, dropping=False, **plain)[0]
+
+    def _residual(
+        self,
+        x: jax.Array,
+        attend_self: Branch,
+        attend_context: Branch,
+        feed_forward: Branch,
+        *,
+        drop: Callable[[int, jax.Array], jax.Array] = lambda _, y: y,
+    ) -> jax.Array:
+        """The branches in their order, or side by side; `drop` is the dropout of each."""
         if self.config.residual != "sequential":
             y = self._norm(f"pre_{self.self_name}", x)
             shared = self.config.residual == "parallel_shared_norm"
             z = y if shared else self._norm("pre_mlp", x)
-            x = x + drop(attend_self(y), keys[1]) + drop(feed_forward(z), keys[5])
-            return constrain(x, ("batch", "length", "embed")), auxiliary
-        x = self._branch(self.self_name, attend_self, x, drop, keys[1])
+            x = x + drop(0, attend_self(y)) + drop(2, feed_forward(z))
+            return constrain(x, ("batch", "length", "embed"))
+        x = self._branch(self.self_name, attend_self, x, lambda y: drop(0, y))
         if self.cross_attention:
-            x = self._branch("cross_attention", attend_context, x, drop, keys[3])
-        x = self._branch("mlp", feed_forward, x, drop, keys[5])
-        return x, auxiliary
+            x = self._branch("cross_attention", attend_context, x, lambda y: drop(1, y))
+        return self._branch("mlp", feed_forward, x, lambda y: drop(2, y))
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         norm: Norm = getattr(self, f"{name}_layer_norm")
         return norm(x)
 
-    def _branch(
-        self,
-        name: str,
-        function: Callable[[jax.Array], jax.Array],
-        x: jax.Array,
-        drop: Callable[[jax.Array, jax.Array | None], jax.Array],
-        key: jax.Array | None,
-    ) -> jax.Array:
+    def _branch(self, name: str, function: Branch, x: jax.Array, drop: Branch) -> jax.Array:
         """`x` plus a branch, with the norms where the config places them."""
         placement = self.config.norm_placement
         y = function(x if placement == "post" else self._norm(f"pre_{name}", x))
         if placement == "sandwich":
             y = self._norm(f"post_{name}", y)
-        x = x + drop(y, key)
+        x = x + drop(y)
         if placement == "post":
             x = self._norm(f"post_{name}", x)
         return constrain(x, ("batch", "length", "embed"))

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from t5x_like.kernels.attention import AttentionMask
 from t5x_like.layers.checks import check_positive_ints
+from t5x_like.models.padding import real_tokens
 from t5x_like.models.transformer import Transformer, TransformerConfig
 
 
@@ -29,7 +30,7 @@ class DecoderOnlyConfig(TransformerConfig):
 
 
 class DecoderOnly(Transformer):
-    """Calls take token ids; id 0 is padding."""
+    """Calls take token ids; padding stands at the end of a row, where no token looks."""
 
     def __init__(self, config: DecoderOnlyConfig) -> None:
         super().__init__(config)
@@ -43,8 +44,8 @@ class DecoderOnly(Transformer):
         """Teacher-forced float32 logits.
 
         Args:
-          batch: decoder_input_tokens and decoder_target_tokens [B, L]; where examples are packed
-            also decoder_segment_ids and decoder_positions; for a prefix LM
+          batch: decoder_input_tokens [B, L]; where examples are packed also decoder_segment_ids
+            and decoder_positions; for a prefix LM
             decoder_causal_attention, positive on the prefix, which sees itself in both directions.
           dropout_key: None runs without dropout.
         """
@@ -57,9 +58,9 @@ class DecoderOnly(Transformer):
                 causal=True,
                 query_segments=segments,
                 key_segments=segments,
-                key_valid=batch["decoder_target_tokens"] > 0,
                 prefix=batch.get("decoder_causal_attention"),
             ),
+            real=real_tokens(batch, stack="decoder"),
             token_ids=batch["decoder_input_tokens"],
             dropout_key=dropout_key,
         )

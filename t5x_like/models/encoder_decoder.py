@@ -12,6 +12,7 @@ from t5x_like.errors import UserError
 from t5x_like.kernels.attention import AttentionMask
 from t5x_like.layers.checks import check_bools, check_positive_ints
 from t5x_like.layers.dropout import fold_key
+from t5x_like.models.padding import real_tokens
 from t5x_like.models.stack import Pattern, as_pattern
 from t5x_like.models.transformer import Transformer, TransformerConfig
 
@@ -51,7 +52,7 @@ class EncoderDecoderConfig(TransformerConfig):
 
 
 class EncoderDecoder(Transformer):
-    """Calls take token ids; id 0 is padding."""
+    """Calls take token ids. In an encoder's row without segment ids, id 0 is padding."""
 
     config: EncoderDecoderConfig
 
@@ -97,12 +98,19 @@ class EncoderDecoder(Transformer):
     ) -> Float[Array, "batch length embed"]:
         """The encoder's output after its final norm; meaningless where `tokens` is padding."""
         mask = AttentionMask(
-            query_segments=segment_ids, key_segments=segment_ids, key_valid=tokens > 0
+            query_segments=segment_ids,
+            key_segments=segment_ids,
+            key_valid=tokens > 0 if segment_ids is None else None,
         )
         prefix = "" if self.config.share_embeddings else "encoder_"
         x = self.embed(tokens, positions, prefix=prefix)
         return self.encoder(
-            x, mask=mask, positions=positions, token_ids=tokens, dropout_key=dropout_key
+            x,
+            mask=mask,
+            positions=positions,
+            real=tokens > 0 if segment_ids is None else segment_ids > 0,
+            token_ids=tokens,
+            dropout_key=dropout_key,
         )
 
     def decode(
@@ -113,7 +121,7 @@ class EncoderDecoder(Transformer):
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "batch length vocab"]:
         """float32 logits of the decoder given the encoder's output; `batch` as for a call."""
-        segments = batch.get("decoder_segment_ids")
+        segments, of_encoder = (batch.get(f"{s}_segment_ids") for s in ("decoder", "encoder"))
         positions = batch.get("decoder_positions")
         x = self.decoder(
             self.embed(batch["decoder_input_tokens"], positions),
@@ -122,14 +130,14 @@ class EncoderDecoder(Transformer):
                 causal=True,
                 query_segments=segments,
                 key_segments=segments,
-                key_valid=batch["decoder_target_tokens"] > 0,
             ),
             context=encoded,
             context_mask=AttentionMask(
                 query_segments=segments,
-                key_segments=batch.get("encoder_segment_ids"),
-                key_valid=batch["encoder_input_tokens"] > 0,
+                key_segments=of_encoder,
+                key_valid=batch["encoder_input_tokens"] > 0 if of_encoder is None else None,
             ),
+            real=real_tokens(batch, stack="decoder"),
             token_ids=batch["decoder_input_tokens"],
             dropout_key=dropout_key,
         )

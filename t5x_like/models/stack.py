@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from t5x_like.errors import UserError, did_you_mean
 from t5x_like.kernels.attention import AttentionMask
+from t5x_like.kernels.position_bias import RelativeBias
 from t5x_like.layers.dropout import dropout, fold_key
 from t5x_like.layers.linear import Linear
 from t5x_like.layers.moe.layer import Auxiliary
@@ -135,7 +136,8 @@ class BlockGroup(nnx.Module):
             setattr(self, f"block_{i}", block)
 
 
-def _blocks_of(group: Block | BlockGroup) -> list[Block]:
+def blocks_of(group: Block | BlockGroup) -> list[Block]:
+    """The blocks of one repeat, in the order in which they run."""
     if isinstance(group, Block):
         return [group]
     count = sum(name.startswith("block_") for name in vars(group))
@@ -235,6 +237,7 @@ class Stack(nnx.Module):
         positions: Int[Array, "batch length"] | None = None,
         context: Float[Array, "batch key embed"] | None = None,
         context_mask: AttentionMask | None = None,
+        real: Bool[Array, "batch length"] | None = None,
         token_ids: Int[Array, "batch length"] | None = None,
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "batch length embed"]:
@@ -250,15 +253,16 @@ class Stack(nnx.Module):
         inputs: dict[str, Any] = {
             "mask": mask,
             "positions": positions,
-            "relative_bias": self.relpos_bias() if hasattr(self, "relpos_bias") else None,
+            "relative_bias": self.relative_bias(),
             "context": context,
             "context_mask": context_mask,
+            "real": real,
             "token_ids": token_ids,
         }
         if hasattr(self, "global_relpos_bias"):
             inputs["global_bias"] = self.global_relpos_bias()
         first, auxiliary = 0, {}
-        for name, (blocks, repeats) in self._layer_groups():
+        for name, (blocks, repeats) in self._named_groups():
             group = getattr(self, name)
             x, of_blocks = self._run(
                 group, x, first=first, repeats=repeats, key=key_layers, inputs=inputs
@@ -270,15 +274,31 @@ class Stack(nnx.Module):
             first += blocks * repeats
         if auxiliary:
             self.auxiliary = nnx.Intermediate(auxiliary)
-        if hasattr(self, self._norm_name()):
-            x = getattr(self, self._norm_name())(x)
+        if self.block.norm_placement == "post":
+            return x  # The last block ends with its norm; nothing is dropped after it (BERT).
+        x = self.normalise(x)
         # T5X shares the last draw among positions in the decoder, but not in the encoder.
         return dropout(x, rate=rate, key=key_out, broadcast_dims=shared if self.decoder else ())
 
-    def _layer_groups(self) -> list[tuple[str, tuple[int, int]]]:
-        """Name, blocks and repeats of the groups of layers, in the order in which they run."""
+    def layer_groups(self) -> list[Block | BlockGroup]:
+        """The groups of layers in the order in which they run, each with its repeats stacked."""
+        return [getattr(self, name) for name, _ in self._named_groups()]
+
+    def _named_groups(self) -> list[tuple[str, tuple[int, int]]]:
+        """Name, blocks and repeats of `layer_groups`."""
         groups = [(self._group_name(i), sizes) for i, sizes in enumerate(self.groups)]
         return ([("leading", (self.num_leading, 1))] if self.num_leading else []) + groups
+
+    def relative_bias(self) -> RelativeBias | None:
+        """The relative-position table of all layers; None if there is none or one a layer."""
+        return self.relpos_bias() if hasattr(self, "relpos_bias") else None
+
+    def normalise(
+        self, x: Float[Array, "batch length embed"]
+    ) -> Float[Array, "batch length embed"]:
+        """The norm after the last layer, where norms do not stand after every branch."""
+        name = self._norm_name()
+        return getattr(self, name)(x) if hasattr(self, name) else x
 
     def _run(
         self,
@@ -296,14 +316,14 @@ class Stack(nnx.Module):
         """
         graphdef, params = nnx.split(group)
         transform = remat_policy(self.remat)
-        blocks = len(_blocks_of(group))
+        blocks = len(blocks_of(group))
 
         def run_group(
             x: jax.Array, scanned: tuple[Any, jax.Array]
         ) -> tuple[jax.Array, list[Auxiliary | None]]:
             params, repeat = scanned
             auxiliary = []
-            for i, block in enumerate(_blocks_of(nnx.merge(graphdef, params))):
+            for i, block in enumerate(blocks_of(nnx.merge(graphdef, params))):
                 layer = first + repeat * blocks + i
                 x, of_block = block(x, dropout_key=fold_key(key, layer), **inputs)
                 auxiliary.append(of_block)

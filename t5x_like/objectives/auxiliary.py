@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from t5x_like.layers.moe.layer import Auxiliary
+from t5x_like.models.padding import real_tokens
 
 Auxiliaries = dict[str, Auxiliary]
 SummedMetrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 
-# The tokens that a stack works on: where they are above 0 there is no padding.
-STACK_TOKENS = {"encoder": "encoder_input_tokens", "decoder": "decoder_target_tokens"}
+STACKS = ("encoder", "decoder")
 
 
 def auxiliaries_of(module: Any) -> Auxiliaries:
@@ -30,7 +30,7 @@ def auxiliaries_of(module: Any) -> Auxiliaries:
     Every array has a leading dim, the layers that share the path.
     """
     found = {}
-    for stack in STACK_TOKENS:
+    for stack in STACKS:
         left = getattr(getattr(module, stack, None), "auxiliary", None)
         for path, auxiliary in ({} if left is None else left.get_value()).items():
             found[f"{stack}/{path}"] = auxiliary
@@ -50,7 +50,9 @@ def auxiliary_loss(
     total = jnp.float32(0)
     num_layers = sum(len(auxiliary.load) for auxiliary in auxiliaries.values())
     for path, auxiliary in auxiliaries.items():
-        tokens = jnp.sum(whole_batch[STACK_TOKENS[path.split("/")[0]]] > 0)
+        real = real_tokens(whole_batch, stack=path.split("/")[0])
+        assert real is not None
+        tokens = jnp.sum(real)
         loss = jnp.sum(auxiliary.sums["auxiliary_loss"][0])
         total += loss * (divisor / (jnp.maximum(tokens, 1) * num_layers))
     return total

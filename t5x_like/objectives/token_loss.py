@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from t5x_like.errors import UserError, did_you_mean
 from t5x_like.kernels.cross_entropy import cross_entropy
@@ -20,10 +20,17 @@ Normalizer = Literal["NUM_REAL_TARGET_TOKENS", "NUM_TOTAL_TARGET_TOKENS", "AVERA
 NORMALIZERS = ("NUM_REAL_TARGET_TOKENS", "NUM_TOTAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE")
 
 
-def weight_per_sequence(batch: Batch) -> Float[Array, "batch length"]:
-    """At every target token, the sum of the loss weights of its sequence, or segment if packed."""
-    weights = batch["decoder_loss_weights"]
-    segments = batch.get("decoder_segment_ids")
+class Targets(NamedTuple):
+    """What a loss is taken of: ids, the loss weight of each, and (or None) the packed example."""
+
+    tokens: Int[Array, "batch length"]
+    weights: Float[Array, "batch length"]
+    segments: Int[Array, "batch length"] | None
+
+
+def weight_per_sequence(targets: Targets) -> Float[Array, "batch length"]:
+    """At every target, the sum of the loss weights of its sequence, or segment if packed."""
+    weights, segments = targets.weights, targets.segments
     if segments is None:
         return jnp.broadcast_to(jnp.sum(weights, -1, keepdims=True), weights.shape)
     same = segments[:, :, None] == segments[:, None, :]
@@ -66,9 +73,23 @@ class TokenLoss:
         if isinstance(factor, int | float) and not factor > 0:
             raise UserError(f"{name}.loss_normalizing_factor is {factor!r}; give a number above 0")
 
+    def targets(self, batch: Batch) -> Targets:
+        """The part of a batch that the loss is of; a subclass may take another."""
+        return Targets(
+            batch["decoder_target_tokens"],
+            batch["decoder_loss_weights"],
+            batch.get("decoder_segment_ids"),
+        )
+
+    def logits(
+        self, module: Any, batch: Batch, dropout_key: jax.Array | None = None
+    ) -> Float[Array, "batch length vocab"]:
+        """The model's logits for `targets`."""
+        return module(batch, dropout_key=dropout_key)
+
     def loss(
         self,
-        module: Callable[..., jax.Array],
+        module: Any,
         batch: Batch,
         *,
         dropout_key: jax.Array | None = None,
@@ -78,9 +99,14 @@ class TokenLoss:
         Both add up over microbatches. Every mean but `nonpadding_fraction` is over the loss
         weights, whatever `loss_normalizing_factor` is.
         """
-        targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+        return self._loss_of_logits(self.logits(module, batch, dropout_key), batch)
+
+    def _loss_of_logits(
+        self, logits: Float[Array, "batch length vocab"], batch: Batch
+    ) -> tuple[Float[Array, ""], Metrics]:
+        targets, weights, _ = self.targets(batch)
         total, z_loss, correct = cross_entropy(
-            module(batch, dropout_key=dropout_key),
+            logits,
             targets,
             z_loss=self.z_loss,
             label_smoothing=self.label_smoothing,
@@ -102,11 +128,11 @@ class TokenLoss:
 
     def token_weights(self, batch: Batch) -> Float[Array, "batch length"]:
         """What each target token counts in the summed loss."""
-        weights = batch["decoder_loss_weights"]
+        targets = self.targets(batch)
         if self.loss_normalizing_factor != "AVERAGE_PER_SEQUENCE":
-            return weights
-        total = weight_per_sequence(batch)
-        return jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), 0.0)
+            return targets.weights
+        total = weight_per_sequence(targets)
+        return jnp.where(total > 0, targets.weights / jnp.where(total > 0, total, 1.0), 0.0)
 
     def normalizer(self, batch: Batch) -> Float[Array, ""]:
         """What the summed loss of the whole global batch is divided by.
@@ -120,10 +146,11 @@ class TokenLoss:
         if not isinstance(factor, str):
             return jnp.float32(factor)
         if factor == "NUM_TOTAL_TARGET_TOKENS":
-            return jnp.float32(batch["decoder_target_tokens"].size)
+            return jnp.float32(self.targets(batch).tokens.size)
         return jnp.sum(self.token_weights(batch))
 
-    def score(self, module: Callable[..., jax.Array], batch: Batch) -> Float[Array, " batch"]:
+    def score(self, module: Any, batch: Batch) -> Float[Array, " batch"]:
         """Log-likelihood of every row's targets: the weighted sum of their log-probabilities."""
-        total, _, _ = cross_entropy(module(batch), batch["decoder_target_tokens"])
-        return -jnp.sum(total * batch["decoder_loss_weights"], axis=-1)
+        targets = self.targets(batch)
+        total, _, _ = cross_entropy(self.logits(module, batch), targets.tokens)
+        return -jnp.sum(total * targets.weights, axis=-1)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import logging
+import math
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,15 +28,18 @@ _VERSIONED = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "t5x
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When checkpoints are saved and which ones stay.
+    """When checkpoints are saved, which ones stay, and when more training does not pay.
 
     Attributes:
       period: steps between saves.
       keep: how many of the latest stay; None keeps all.
       keep_period: a checkpoint whose step is a multiple of it stays for ever.
-      keep_best: how many of the best by `best_metric` stay besides the latest.
-      best_metric: name of an eval scalar, `<eval set>/<scalar>`, smaller being better unless
-        `best_mode` is 'max'.
+      keep_best: how many of the best by `best_metric` stay besides the latest; an evaluation that
+        is the best so far is saved, whatever `period` is.
+      best_metric: name of an eval scalar, `<eval set>/<scalar>` such as `validation/loss` or
+        `inference_eval/<task>/accuracy`, smaller being better unless `best_mode` is 'max'.
+      patience: the run ends, saved, after so many evaluations in a row that are no better than the
+        best before them (early stopping); None for never.
       allow_data_reset: start the data afresh, with a warning, where its state cannot be restored.
 
     A checkpoint directory that holds a file named PINNED is never deleted (T5X's habit).
@@ -46,10 +51,11 @@ class CheckpointConfig:
     keep_best: int = 0
     best_metric: str = "validation/loss"
     best_mode: str = "min"
+    patience: int | None = None
     allow_data_reset: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("period", "keep", "keep_period"):
+        for name in ("period", "keep", "keep_period", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"CheckpointConfig.{name} = {value}: it must be at least 1.")
@@ -78,13 +84,20 @@ def _preservation(config: CheckpointConfig, directory: Path) -> managers.Preserv
     if config.keep_best:
         policies.append(
             managers.BestN(
-                get_metric_fn=lambda metrics: metrics[config.best_metric],
+                get_metric_fn=functools.partial(_rank, config=config),
                 reverse=config.best_mode == "min",
                 n=config.keep_best,
                 keep_checkpoints_without_metrics=False,
             )
         )
     return managers.AnyPreservationPolicy(policies)
+
+
+def _rank(metrics: Mapping[str, float], *, config: CheckpointConfig) -> float:
+    """A checkpoint's `best_metric`; the worst there can be if it has none, or it is NaN."""
+    worst = math.inf if config.best_mode == "min" else -math.inf
+    value = metrics.get(config.best_metric, worst)
+    return worst if math.isnan(value) else value
 
 
 class Checkpointer:
@@ -103,6 +116,9 @@ class Checkpointer:
             },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_preservation(config, self.directory),
+                # Without it, metrics would not be written, and a restarted run would not know them.
+                best_fn=functools.partial(_rank, config=config) if config.keep_best else None,
+                best_mode=config.best_mode,
                 cleanup_tmp_directories=True,
             ),
         )
@@ -133,7 +149,7 @@ class Checkpointer:
                 data=ocp.args.JsonSave(merged),
                 metadata=ocp.args.JsonSave(dict(metadata)),
             ),
-            metrics=dict(metrics) if metrics else None,
+            metrics=dict(metrics or {}) if self.config.keep_best else None,
         )
 
     def restore(
@@ -147,6 +163,15 @@ class Checkpointer:
         stored = self._manager.item_metadata(step)["state"]
         shapes = {name: tuple(leaf.shape) for name, leaf in _flat(stored.tree).items()}
         wanted = _flat(abstract_state)
+        with_state = [
+            any(name.startswith("opt_state/") for name in names) for names in (shapes, wanted)
+        ]
+        if with_state == [False, True]:
+            raise UserError(
+                f"The checkpoint {self.directory / str(step)} holds parameters only, as `t5x_like "
+                "convert` writes them: give its directory as INITIAL_CHECKPOINT_PATH and another "
+                "MODEL_DIR."
+            )
         check_match(shapes, wanted, what=str(self.directory / str(step)))
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
         restored = self._manager.restore(

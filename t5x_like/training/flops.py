@@ -56,8 +56,8 @@ def forward_flops(model_def: ModelDef, batch_shapes: Mapping[str, tuple[int, ...
     Args:
       model_def: the model.
       batch_shapes: name -> global shape: `decoder_input_tokens` [B, L], `encoder_input_tokens`
-        [B, T], whichever the model has; where an encoder's head looks at some positions only,
-        `encoder_target_positions` [B, P] and `encoder_sequence_starts` [B, K].
+        [B, T], whichever the model has; `encoder_target_tokens` [B, P], for which alone the head
+        of an encoder is run, and `encoder_sequence_starts` [B, K].
     """
     sizes = _Sizes.of(batch_shapes)
     total = 0.0
@@ -104,7 +104,7 @@ class _Sizes:
         encoder, decoder = (
             shapes.get(f"{side}_input_tokens", (0, 0))[1] for side in ("encoder", "decoder")
         )
-        targets = shapes.get("encoder_target_positions", (0, encoder))[1]
+        targets = shapes.get("encoder_target_tokens", (0, 0))[1]
         return cls(
             batch=batch,
             encoder=encoder,

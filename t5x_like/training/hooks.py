@@ -19,8 +19,8 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from t5x_like.errors import UserError
-from t5x_like.training.checkpoints import Checkpointer
+from t5x_like.errors import UserError, did_you_mean
+from t5x_like.training.checkpoints import CheckpointConfig, Checkpointer
 from t5x_like.training.loop import Rewind, StepInfo, Stop
 from t5x_like.training.metrics import MetricWriter
 from t5x_like.training.progress import Progress
@@ -129,7 +129,10 @@ def peak_gib() -> float:
 
 
 class EvalHook:
-    """Teacher-forced evaluation: at the start of a new run, on period, and at the end."""
+    """Every evaluation: at the start of a new run, on period, and at the end.
+
+    `latest` holds their scalars as `<name>/<scalar>`. What evaluates text writes its own files.
+    """
 
     def __init__(
         self,
@@ -137,36 +140,49 @@ class EvalHook:
         every: int,
         at_start: bool,
         evaluate: Mapping[str, Callable[[TrainState], Scalars]],
+        evaluate_text: Callable[[TrainState], Mapping[str, Scalars]] | None = None,
         writers: Mapping[str, MetricWriter],
         pause: Callable[[float], None],
         progress: Progress | None,
     ) -> None:
         self._every, self._at_start = every, at_start
-        self._evaluate, self._writers = evaluate, writers
+        self._evaluate, self._evaluate_text, self._writers = evaluate, evaluate_text, writers
         self._pause, self._progress = pause, progress
         self.latest: Scalars = {}
-        self._done_at = -1
+        self._evaluated_at = -1
+
+    def of_step(self, step: int) -> Scalars:
+        """The scalars of the evaluation at `step`; none if there was none."""
+        return self.latest if step == self._evaluated_at else {}
 
     def __call__(self, info: StepInfo) -> None:
         first = info.metrics is None and self._at_start
         due = info.metrics is not None and (_due(info.step, self._every) or info.last)
-        if not (first or due) or self._done_at == info.step:
+        if not (first or due) or self._evaluated_at == info.step:
             return
         jax.block_until_ready(info.state.params)
         start = time.perf_counter()
-        self._done_at = info.step
+        self._evaluated_at = info.step
         for name, evaluate in self._evaluate.items():
             scalars = evaluate(info.state)
-            self.latest |= {f"{name}/{key}": value for key, value in scalars.items()}
             if name in self._writers:
                 self._writers[name].scalars(info.step, scalars)
-            if self._progress:
-                self._progress.note(f"eval {name} at step {info.step}: {_short(scalars)}")
+            self._note(name, info.step, scalars)
+        if self._evaluate_text:
+            for name, scalars in self._evaluate_text(info.state).items():
+                self._note(f"inference_eval/{name}", info.step, scalars)
         self._pause(time.perf_counter() - start)
+
+    def _note(self, name: str, step: int, scalars: Scalars) -> None:
+        self.latest |= {f"{name}/{key}": value for key, value in scalars.items()}
+        if self._progress:
+            self._progress.note(f"eval {name} at step {step}: {_short(scalars)}")
 
 
 def _short(scalars: Scalars) -> str:
-    return ", ".join(f"{k} {scalars[k]:.4f}" for k in ("loss", "accuracy") if k in scalars)
+    """Loss and accuracy of the objective, or all metrics of generated text."""
+    names = ("loss", "accuracy") if "loss" in scalars else tuple(scalars)
+    return ", ".join(f"{k} {scalars[k]:.4f}" for k in names if k in scalars)
 
 
 class NonFiniteHook:
@@ -242,7 +258,7 @@ class CheckpointHook:
         *,
         metadata: Mapping[str, Any],
         before_save: Sequence[Callable[[int, Mapping[str, jax.Array]], None]],
-        latest_eval: Callable[[], Scalars],
+        latest_eval: Callable[[int], Scalars],
         pause: Callable[[float], None],
     ) -> None:
         self._checkpointer, self._metadata = checkpointer, metadata
@@ -257,12 +273,13 @@ class CheckpointHook:
             or _due(info.step, self._checkpointer.config.period)
             or (info.metrics is None and self._checkpointer.latest_step() is None)
         ):
-            self._save(info)
+            self.save(info)
         if preempted:
             self._checkpointer.wait()
             raise Stop(f"preempted: saved at step {info.step}", exit_code=PREEMPTED)
 
-    def _save(self, info: StepInfo) -> None:
+    def save(self, info: StepInfo) -> None:
+        """Saves the state of this step, unless that is done."""
         if info.metrics is not None:
             for act in self._before_save:
                 act(info.step, info.metrics)
@@ -272,9 +289,63 @@ class CheckpointHook:
             step=info.step,
             data_state=info.data.get_state(),
             metadata=self._metadata,
-            metrics=self._latest_eval(),
+            metrics=self._latest_eval(info.step),
         )
         self._pause(time.perf_counter() - start)
+
+
+class BestHook:
+    """Sees to what depends on the best evaluation so far: that it is saved, and early stopping.
+
+    It runs before the hook that saves: a metric that is not there must not get into a checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        *,
+        latest: Callable[[int], Scalars],
+        save: Callable[[StepInfo], None],
+        history: Sequence[float],
+    ) -> None:
+        """`latest`: step -> scalars of its evaluation, none if there was none at that step.
+
+        `history`: values of `best_metric` that a former run of the same directory had.
+        """
+        self._config, self._latest, self._save = config, latest, save
+        self._best: float | None = None
+        self._since = 0
+        for value in history:
+            self._is_best(value)
+
+    def __call__(self, info: StepInfo) -> None:
+        scalars = self._latest(info.step)
+        metric, patience = self._config.best_metric, self._config.patience
+        if scalars:
+            if metric not in scalars:
+                raise UserError(
+                    f"CheckpointConfig.best_metric '{metric}' is no metric of this run's "
+                    f"evaluations.{did_you_mean(metric, scalars)} There are: "
+                    f"{', '.join(sorted(scalars))}."
+                )
+            is_best = self._is_best(scalars[metric])
+            if is_best and self._config.keep_best and info.metrics is not None:
+                self._save(info)
+        if patience is not None and self._since >= patience:
+            self._save(info)
+            raise Stop(
+                f"early stopping at step {info.step}: {metric} was no better than "
+                f"{self._best:.6g} in {self._since} evaluations"
+            )
+
+    def _is_best(self, value: float) -> bool:
+        better = self._best is None or math.isnan(self._best)
+        if self._best is not None and not better:
+            gain = value - self._best
+            better = gain > 0 if self._config.best_mode == "max" else gain < 0
+        self._best = value if better else self._best
+        self._since = 0 if better else self._since + 1
+        return better
 
 
 class ProfileHook:

@@ -16,7 +16,8 @@ class MetricWriter:
     metrics.jsonl of an interrupted run has the same steps as that of an uninterrupted one.
     """
 
-    def __init__(self, directory: Path, *, first_step: int) -> None:
+    def __init__(self, directory: Path, *, first_step: int | None) -> None:
+        """`first_step`: None keeps every line, whatever its step."""
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / "metrics.jsonl"
         if self._path.exists():
@@ -51,9 +52,18 @@ class MetricWriter:
         self._events.close()
 
 
-def _keeps(line: str, first_step: int) -> bool:
+def read_scalars(directory: Path) -> list[dict[str, float]]:
+    """The lines of a directory's metrics.jsonl; none where there is no file."""
+    path = directory / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if _keeps(line, None)]
+
+
+def _keeps(line: str, first_step: int | None) -> bool:
     """Whether a logged line survives a restart; a line cut short by a kill does not."""
     try:
-        return int(json.loads(line)["step"]) <= first_step
+        step = int(json.loads(line)["step"])
+        return first_step is None or step <= first_step
     except (ValueError, KeyError, TypeError):
         return False

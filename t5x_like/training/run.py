@@ -17,6 +17,7 @@ import numpy as np
 
 from t5x_like.data.dataset import DatasetConfig
 from t5x_like.errors import UserError
+from t5x_like.evaluation.inference_eval import InferenceEval
 from t5x_like.layers.parameter import activation_dtype
 from t5x_like.models.base import ModelConfig, ModelDef
 from t5x_like.objectives.token_loss import TokenLoss
@@ -24,7 +25,7 @@ from t5x_like.parallel import logical
 from t5x_like.parallel.mesh import MeshConfig
 from t5x_like.training import flops, hooks
 from t5x_like.training.checkpoints import CheckpointConfig
-from t5x_like.training.optimizers.base import Optimizer, OptimizerConfig
+from t5x_like.training.optimizers.base import Optimizer, OptimizerConfig, ParameterGroup
 from t5x_like.training.schedules import ScheduleConfig
 from t5x_like.training.state import TrainState, state_shapes, state_shardings
 from t5x_like.training.step import (
@@ -36,6 +37,10 @@ from t5x_like.training.step import (
 )
 
 NAN_POLICIES = ("halt", "skip", "rewind")
+
+
+# What the targets of a batch are called, by kind of model.
+_TARGETS = ("decoder_target_tokens", "encoder_target_tokens", "class_labels")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +60,15 @@ class TrainRun:
       eval_datasets: name -> dataset of the teacher-forced evaluations.
       total_steps: step at which the run ends, counted from scratch.
       relative_steps: instead, steps beyond the initial checkpoint's.
-      initial_checkpoint_path: parameters to start from: ours, legacy T5X, T5X's Orbax.
+      initial_checkpoint_path: parameters to start from: ours, T5X's or Hugging Face's.
+      assignment_map: which of these to take, as (pattern, replacement): a parameter whose whole
+        path matches the regular expression comes from the path that the replacement makes, or
+        keeps its fresh values where that is None; the first match counts. What matches nothing
+        comes from its own path, and the rest of the checkpoint is left (T5X's map of that name).
+        None: the checkpoint must be of this model, neither more nor less.
+      frozen: regular expressions; parameters whose whole path matches one are not trained and
+        have no optimizer state.
+      inference_eval: the evaluations of generated text, on the same steps as the others.
       eval_steps: batches of each evaluation; None for the whole split.
       nan_policy: what a loss that is not finite leads to: halt, skip or rewind.
     """
@@ -68,12 +81,15 @@ class TrainRun:
     train_dataset: DatasetConfig
     mesh: MeshConfig
     rules: logical.Rules
-    total_steps: int
+    total_steps: int | None = None
     eval_datasets: Mapping[str, DatasetConfig] = dataclasses.field(default_factory=dict)
     step: StepConfig = dataclasses.field(default_factory=StepConfig)
     checkpoints: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     relative_steps: int | None = None
     initial_checkpoint_path: str | None = None
+    assignment_map: Sequence[tuple[str, str | None]] | None = None
+    frozen: Sequence[str] = ()
+    inference_eval: InferenceEval | None = None
     random_seed: int = 0
     log_period: int = 100
     eval_period: int = 1000
@@ -82,9 +98,15 @@ class TrainRun:
     profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "log_period", "eval_period"):
-            if getattr(self, name) < 1:
-                raise UserError(f"TrainRun.{name} = {getattr(self, name)}: it must be at least 1.")
+        for name in ("total_steps", "relative_steps", "log_period", "eval_period"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"TrainRun.{name} = {value}: it must be at least 1.")
+        if self.total_steps is None and self.relative_steps is None:
+            raise UserError(
+                "TrainRun.total_steps and relative_steps are both None: set TRAIN_STEPS, or "
+                "TRAIN_STEPS_RELATIVE to count from INITIAL_CHECKPOINT_PATH's step."
+            )
         if self.nan_policy not in NAN_POLICIES:
             raise UserError(
                 f"TrainRun.nan_policy = {self.nan_policy!r}: use one of {', '.join(NAN_POLICIES)}."
@@ -134,7 +156,7 @@ class Built:
         sizes = {n: int(np.prod(s)) for n, s in shapes.items() if n.endswith("_input_tokens")}
         return hooks.StepCost(
             tokens=sum(sizes.values()),
-            target_tokens=sizes.get("decoder_input_tokens") or sizes["encoder_input_tokens"],
+            target_tokens=next(int(np.prod(shapes[n])) for n in _TARGETS if n in shapes),
             flops=flops.training_flops(self.model_def, shapes),
             peak_flops=flops.peak_flops(self.mesh.devices.flat[0], self.compute_dtype),
         )
@@ -148,7 +170,9 @@ def build(run: TrainRun, *, devices: Sequence[jax.Device] | None = None) -> Buil
     """
     mesh = run.mesh.build(devices)
     model_def = ModelDef(run.model)
-    optimizer = run.optimizer.build(model_def.param_info)
+    frozen = [ParameterGroup(pattern=pattern, frozen=True) for pattern in run.frozen]
+    groups = (*frozen, *run.optimizer.groups)
+    optimizer = dataclasses.replace(run.optimizer, groups=groups).build(model_def.param_info)
     shardings = state_shardings(model_def, optimizer, mesh, run.rules)
     logical.local_rows(mesh, run.rules, run.train_dataset.batch_size)
     step_config = dataclasses.replace(

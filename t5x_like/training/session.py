@@ -17,16 +17,20 @@ import jax.numpy as jnp
 from t5x_like.data.batch_iterator import BatchIterator
 from t5x_like.data.dataset import DatasetConfig
 from t5x_like.errors import UserError
+from t5x_like.evaluation.inference_eval import Evaluator, task_subjects
+from t5x_like.evaluation.predictor import Predictor, is_prefix_lm
 from t5x_like.evaluation.teacher_forced import evaluate
+from t5x_like.interop.assigned import load_assigned, merge_trees
 from t5x_like.interop.initial import (
     find_own_checkpoint,
     initial_step,
     load_initial_params,
 )
+from t5x_like.parallel import multihost
 from t5x_like.training import hooks, model_info
 from t5x_like.training.checkpoints import Checkpointer, run_metadata
 from t5x_like.training.loop import Hook, Stop, train_loop
-from t5x_like.training.metrics import MetricWriter
+from t5x_like.training.metrics import MetricWriter, read_scalars
 from t5x_like.training.progress import Progress
 from t5x_like.training.run import Built, TrainRun, build
 from t5x_like.training.state import TrainState, init_state
@@ -52,13 +56,15 @@ def execute(run: TrainRun, *, gin: str) -> int:
     for dataset in run.eval_datasets.values():
         with contextlib.closing(dataset.build(rows=built.local_rows())) as eval_data:
             check_readable(eval_data)
+    generative = _open_inference_eval(built)
     resumes = find_own_checkpoint(Path(run.model_dir).expanduser()) is not None
     initial = None if resumes else load_initial(built)
     model_dir = writable_directory(run.model_dir)
     checkpointer = Checkpointer(model_dir, run.checkpoints)
     with contextlib.ExitStack() as stack:
         stack.callback(checkpointer.close)
-        return _Session(built, data, checkpointer, model_dir, gin, stack).train(initial)
+        session = _Session(built, data, checkpointer, model_dir, gin, stack, generative)
+        return session.train(initial)
 
 
 def plan_text(built: Built) -> str:
@@ -106,13 +112,35 @@ def check_readable(data: BatchIterator) -> None:
 
 
 def load_initial(built: Built) -> tuple[int, Any] | None:
-    """Step and parameters of INITIAL_CHECKPOINT_PATH, as `interop.initial` reads them, if any."""
-    path = built.run.initial_checkpoint_path
+    """Step and parameters of INITIAL_CHECKPOINT_PATH, as `interop.initial` reads them, if any.
+
+    With an assignment map, only the parameters that it takes from there.
+    """
+    path, assignments = built.run.initial_checkpoint_path, built.run.assignment_map
     if not path:
         return None
     shardings = jax.tree.map(lambda leaf: leaf.sharding, built.abstract_state.params)
     param_info = built.model_def.param_info
-    return initial_step(path), load_initial_params(path, param_info, shardings=shardings)
+    if assignments is None:
+        params = load_initial_params(path, param_info, shardings=shardings, config=built.run.model)
+        return initial_step(path), params
+    params = load_assigned(path, param_info, assignment_map=assignments, shardings=shardings)
+    return initial_step(path), params
+
+
+def _open_inference_eval(built: Built) -> tuple[Predictor, Any] | None:
+    """The predictor, and the subjects with their groups, of the evaluations of generated text."""
+    config = built.run.inference_eval
+    if config is None:
+        return None
+    predictor = Predictor(
+        built.model_def,
+        mesh=built.mesh,
+        rules=built.run.rules,
+        batch_size=config.batch_size,
+        bidirectional_prompt=is_prefix_lm(built.run.train_dataset.feature_converter),
+    )
+    return predictor, task_subjects(config, predictor=predictor)
 
 
 def writable_directory(path: str) -> Path:
@@ -151,10 +179,11 @@ class _Session:
         model_dir: Path,
         gin: str,
         stack: contextlib.ExitStack,
+        generative: tuple[Predictor, Any] | None,
     ) -> None:
         self.built, self.run, self.data = built, built.run, data
         self.checkpointer, self.model_dir = checkpointer, model_dir
-        self.gin, self.stack = gin, stack
+        self.gin, self.stack, self.generative = gin, stack, generative
         self.metadata: dict[str, Any] = {}
         self.leader = jax.process_index() == 0
         self.progress = Progress() if self.leader else None
@@ -207,21 +236,22 @@ class _Session:
         if initial is not None:
             step, params = initial
             step_array = jax.device_put(jnp.int32(step), shardings.step)
-            state = dataclasses.replace(state, step=step_array, params=params)
+            merged = merge_trees(state.params, params)
+            state = dataclasses.replace(state, step=step_array, params=merged)
         self.metadata = run_metadata(
             gin=self.gin,
             vocabularies={
-                name: {"kind": spec.kind, "size": spec.size, "sha256": spec.sha256}
-                for name, spec in self.data.vocabularies.items()
+                name: dataclasses.asdict(spec) for name, spec in self.data.vocabularies.items()
             },
             initial_step=step,
         )
         return state, step
 
     def _total_steps(self) -> int:
-        if self.run.relative_steps is None:
-            return self.run.total_steps
-        return self.metadata["initial_step"] + self.run.relative_steps
+        if self.run.relative_steps is not None:
+            return self.metadata["initial_step"] + self.run.relative_steps
+        assert self.run.total_steps is not None
+        return self.run.total_steps
 
     def _write_descriptions(self) -> None:
         """config.gin and model-info.txt."""
@@ -259,6 +289,7 @@ class _Session:
             every=run.eval_period,
             at_start=self.checkpointer.latest_step() is None,
             evaluate={name: self._evaluator(ds) for name, ds in run.eval_datasets.items()},
+            evaluate_text=self._text_evaluator(first_step),
             writers=eval_writers,
             pause=log.pause,
             progress=self.progress,
@@ -267,10 +298,18 @@ class _Session:
             self.checkpointer,
             metadata=self.metadata,
             before_save=(nonfinite.check, log.flush),
-            latest_eval=lambda: evaluation.latest,
+            latest_eval=evaluation.of_step,
             pause=log.pause,
         )
         all_hooks: list[Hook] = [log, nonfinite, evaluation, checkpoint]
+        if run.checkpoints.keep_best or run.checkpoints.patience:
+            best = hooks.BestHook(
+                run.checkpoints,
+                latest=evaluation.of_step,
+                save=checkpoint.save,
+                history=self._history(run.checkpoints.best_metric, first_step),
+            )
+            all_hooks.insert(-1, best)
         if run.profile.steps:
             profile = run.profile
             directory = self.model_dir / "train"
@@ -291,6 +330,34 @@ class _Session:
                 )
 
         return run_evaluation
+
+    def _text_evaluator(self, first_step: int) -> Callable[[TrainState], dict[str, Any]] | None:
+        """state -> metrics of generated text, by task."""
+        if self.generative is None:
+            return None
+        predictor, (subjects, groups) = self.generative
+        assert self.run.inference_eval is not None
+        evaluator = Evaluator(
+            subjects,
+            predictor=predictor,
+            config=self.run.inference_eval,
+            output_dir=self.model_dir / "inference_eval",
+            first_step=first_step,
+            groups=groups,
+        )
+        self.stack.callback(evaluator.close)
+        return lambda state: evaluator.run(state.params, step=int(state.step))
+
+    def _history(self, metric: str, first_step: int) -> list[float]:
+        """Values of an eval metric that this directory had up to `first_step`, on all processes."""
+        directory, _, scalar = metric.rpartition("/")
+        for name, dataset in self.run.eval_datasets.items():
+            if metric.startswith(f"{name}/"):
+                directory = f"training_eval/{eval_name(dataset)}"
+                scalar = metric.removeprefix(f"{name}/")
+        lines = read_scalars(self.model_dir / directory)
+        values = [line[scalar] for line in lines if scalar in line and line["step"] <= first_step]
+        return multihost.process_allgather_json(values)[0]
 
     def _latest_state(self) -> tuple[TrainState, int] | None:
         """For the rewind policy: the latest saved state and its step."""

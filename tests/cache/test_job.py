@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import threading
@@ -151,6 +152,17 @@ def test_tfds_by_gin_settings(tmp_path, tfds_dir):
     seqio.set_tfds_data_dir_override(str(tfds_dir))
     task = cache_text(tmp_path / "cache", files="c4/en:2.2.0", format="tfds")
     assert read_bytes(tmp_path / "cache", task, "train") == [d.encode() for d in TRAIN]
+
+
+def test_a_cache_of_another_version_is_made_anew(tmp_path, caplog):
+    cache_job.cache("kjv_causal_lm", module="tasks.kjv", cache_dir=tmp_path, splits=["validation"])
+    path = cache_format.task_file(tmp_path, "kjv_causal_lm")
+    old = json.loads(path.read_text()) | {"format_version": 1, "a_field_of_old": 7}
+    path.write_text(json.dumps(old))
+    assert cache_format.read_task(tmp_path, "kjv_causal_lm") is None
+    assert "has format version 1, not" in caplog.text
+    cache_job.cache("kjv_causal_lm", module="tasks.kjv", cache_dir=tmp_path, splits=["validation"])
+    assert cache_format.read_task(tmp_path, "kjv_causal_lm") is not None
 
 
 def test_tasks_over_the_same_tokens_share_a_corpus(tmp_path):

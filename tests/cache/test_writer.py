@@ -109,8 +109,10 @@ def test_a_corpus_without_completed_is_not_read(tmp_path):
 def test_another_format_version_is_an_error(tmp_path):
     corpus = write(tmp_path, random_documents(9))
     manifest = corpus / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 99'))
-    with pytest.raises(UserError, match="format version 99; this program reads 1"):
+    current = cache_format.FORMAT_VERSION
+    changed = manifest.read_text().replace(f'"format_version": {current}', '"format_version": 99')
+    manifest.write_text(changed)
+    with pytest.raises(UserError, match=f"format version 99; this program reads {current}"):
         cache_format.read_corpus(tmp_path, corpus.name)
 
 

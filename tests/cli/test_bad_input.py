@@ -113,7 +113,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "fraction for an integer": (
         ["--gin.TRAIN_STEPS=1.5"],
-        ["TRAIN_STEPS = 1.5", "takes int, not float"],
+        ["TRAIN_STEPS = 1.5", "takes int | None, not float"],
     ),
     "schedule for an optimizer": (
         ["--gin.OPTIMIZER=@schedules.FactorSchedule()"],

@@ -103,8 +103,8 @@ def test_a_zero_inside_an_example_is_kept():
     assert batch["decoder_target_tokens"].tolist() == [[5, 0, 7, 1, 8, 1, 0]]
     assert batch["decoder_segment_ids"].tolist() == [[1, 1, 1, 1, 2, 2, 0]]
     assert batch["decoder_positions"].tolist() == [[0, 1, 2, 3, 0, 1, 0]]
-    # Padding is no target, wherever it stands; SeqIO's unpacked weights are these, too.
-    assert batch["decoder_loss_weights"].tolist() == [[1, 0, 1, 1, 1, 1, 0]]
+    # A token is a target whatever its id: in GPT-2's vocabulary 0 is "!".
+    assert batch["decoder_loss_weights"].tolist() == [[1, 1, 1, 1, 1, 1, 0]]
 
 
 tokens = st.lists(st.integers(0, 9), max_size=6)

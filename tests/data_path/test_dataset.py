@@ -1,5 +1,6 @@
 """Global batches from the cache: order, hosts, resuming, epochs, and bad input."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import pytest
 from t5x_like.data import cache_format, grain_pipeline
 from t5x_like.data.batch_iterator import BatchIterator
 from t5x_like.data.converters import Batch, EncDecConverter, LMConverter, PrefixLMConverter
+from t5x_like.data.dataset import DatasetConfig
 from t5x_like.data.denoisers import AppendEos, FullLM, PrefixLM, SpanCorruption
 from t5x_like.errors import UserError
-from tests.data_path.conftest import VOCABULARY, Cache, documents
+from tests.data_path.conftest import FEATURES, VOCABULARY, Cache, documents
 
 
 def take(iterator: BatchIterator, count: int) -> list[Batch]:
@@ -342,3 +344,24 @@ def test_cache_dir_may_start_with_a_tilde(filled: Cache, monkeypatch: pytest.Mon
     monkeypatch.setenv("HOME", str(filled.directory.parent))
     config = filled.config("mixture", cache_dir=f"~/{filled.directory.name}")
     assert config.cache_dir == str(filled.directory)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_an_encoder_needs_padding_that_it_can_tell(pack):
+    """Where id 0 is a token, only packed rows say by their segments what padding is."""
+    config = DatasetConfig(
+        mixture_or_task_name="any",
+        task_feature_lengths={"inputs": 8, "targets": 8},
+        split="train",
+        batch_size=2,
+        pack=pack,
+        cache_dir="nowhere",
+        feature_converter=EncDecConverter(),
+    )
+    vocabulary = dataclasses.replace(VOCABULARY, zero_is_token=True)
+    features = {"inputs": dataclasses.replace(FEATURES["targets"], vocabulary=vocabulary)}
+    if pack:
+        config.check_vocabulary(features)
+        return
+    with pytest.raises(UserError, match=r"Id 0 is a token.*set DatasetConfig\.pack = True"):
+        config.iterator([], rows=[0], features=features, tasks={})

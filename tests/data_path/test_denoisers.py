@@ -120,11 +120,23 @@ def test_joined_and_cut_as_t5_does(oracle_dir: Path):
 
 
 def test_padding_inside_documents_is_dropped():
-    documents = [[5, 0, 6], [0, 0], [7]]
+    documents = [[5, 0, 6], [0, 0], [7]]  # as a source may pad them
     for denoiser in (SpanCorruption(), PrefixLM(suffix_density=0.5)):
         examples, _ = run([denoiser], documents)
         tokens = np.concatenate([t.values for t in examples.values()])
         assert sorted(t for t in tokens if t <= 900) == [5, 6, 7]
+
+
+def test_id_0_of_a_vocabulary_that_has_it_as_a_token_is_kept():
+    """GPT-2's "!"."""
+    vocabulary = dataclasses.replace(FEATURES["targets"].vocabulary, zero_is_token=True)
+    feature = dataclasses.replace(FEATURES["targets"], vocabulary=vocabulary)
+    context = Context(lengths={"inputs": 64, "targets": 64}, features={"targets": feature})
+    documents = Ragged.from_rows([np.array([5, 0, 6]), np.array([0, 7])])
+    rng = np.random.default_rng(0)
+    examples = FullLM().apply({"targets": documents}, context, rng)
+    eos = vocabulary.eos_id
+    assert examples["targets"].values.tolist() == [5, 0, 6, eos, 0, 7, eos]
 
 
 def test_ul2_lengths():

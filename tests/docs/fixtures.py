@@ -38,6 +38,24 @@ def make(data: Path) -> None:
     shutil.copy(ROOT / "tasks/kjv/vocabulary.model", data / "vocabulary.model")
     write_tokenizer(data / "tokenizer.json")
     write_tfrecord(data / "a.tfrecord", DOCUMENTS)
+    write_instructions(data)
+
+
+def write_instructions(data: Path) -> None:
+    """Problems, an exam and conversations in the schemas of docs/instruction.md."""
+    problems = [
+        {"question": f"What is {i}+1?", "answer": f"It is {i}+1.\n#### {i + 1}"} for i in range(20)
+    ]
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    for name, examples in (("gsm8k", problems), ("chat", [{"messages": turns}] * 5)):
+        lines = "".join(json.dumps(example) + "\n" for example in examples)
+        write(data / f"{name}.jsonl", lines.encode())
+    exam = [
+        {"question": f"Is {i} even?", "subject": "sums", "choices": ["yes", "no"], "answer": i % 2}
+        for i in range(8)
+    ]
+    (data / "exam").mkdir(exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(exam), data / "exam/mmlu.parquet")
 
 
 def write(path: Path, contents: bytes) -> None:

@@ -25,6 +25,7 @@ from tests.cache.conftest import remove
 from tests.cache.test_job import write_tfds
 from tests.docs import fixtures
 from tests.docs.commands import blocks, commands, placed
+from tests.interop.small_models import GPT2, random_tensors, write_directory
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
@@ -170,8 +171,18 @@ def tensorboard(flags: list[str]) -> None:
         process.communicate()
 
 
+def convert(flags: list[str]) -> None:
+    """Converts a small Hugging Face directory, and back."""
+    if not (source := Path(value_of("--from", flags))).exists():
+        write_directory(source, GPT2, random_tensors(GPT2))
+    assert main(["convert", *flags]) == 0
+    name = "config.json" if "--format=hf" in flags else "model.gin"
+    assert (Path(value_of("--to", flags)) / name).is_file()
+
+
 HANDLERS: dict[str, Callable[[list[str]], None]] = {
     "t5x_like cache": cache,
+    "t5x_like convert": convert,
     "pip install": pip_install,
     "python -m pytest": pytest_runs,
     "tensorboard": tensorboard,

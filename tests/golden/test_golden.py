@@ -23,16 +23,29 @@ MESH = {"fsdp": 2, "tensor": 2}
 RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("gin/recipes/*.gin"))
 # One size a family; a model is completed to a run by what its kind of recipe includes.
 SEQ2SEQ, LM = "gin/objectives/seq2seq.gin", "gin/objectives/causal_lm.gin"
+MASKED_LM = "gin/objectives/masked_lm.gin"
 MODELS = {
-    "gin/models/byt5/small.gin": SEQ2SEQ,
-    "gin/models/flan_t5/base.gin": SEQ2SEQ,
-    "gin/models/gpt2/1_3b.gin": LM,
-    "gin/models/mt5/small.gin": SEQ2SEQ,
-    "gin/models/t5_1_0/small.gin": SEQ2SEQ,
-    "gin/models/t5_1_1/small.gin": SEQ2SEQ,
-    "gin/models/ul2/20b.gin": SEQ2SEQ,
-    "gin/models/umt5/small.gin": SEQ2SEQ,
+    **{
+        f"gin/models/{name}.gin": SEQ2SEQ
+        for name in (
+            *("byt5/small", "flan_t5/base", "longt5/tglobal_base", "mt5/small", "t5_1_0/small"),
+            *("t5_1_1/small", "ul2/20b", "umt5/small"),
+        )
+    },
+    **{
+        f"gin/models/{name}.gin": LM
+        for name in (
+            *("chinchilla/70b", "falcon/40b", "gemma1/2b", "gemma2/2b", "gemma3/1b", "gopher/44m"),
+            *("gpt1/117m", "gpt2/1_3b", "gpt3/small", "gpt_j/6b", "gpt_neox/pythia_14m"),
+            *("lamda/2b", "llama1/7b", "llama2/70b", "llama3/8b", "llama3_1/405b", "llama3_2/1b"),
+            *("mistral/7b_v0_1", "palm/8b", "phi3/mini_128k", "qwen1_5/0_5b", "qwen2_5/0_5b"),
+            *("qwen3/0_6b", "yi/6b"),
+        )
+    },
+    **{f"gin/models/{name}.gin": MASKED_LM for name in ("bert/base", "roberta/base")},
 }
+# The published size of a vocabulary that the tensor axis below does not divide, rounded up.
+VOCAB_SIZE = {"gpt1/117m": 40_480, "gpt3/small": 50_304, "roberta/base": 50_304}
 RUN = ["gin/optimizers/adafactor.gin", "gin/parallel/data.gin", "gin/runs/pretrain.gin"]
 RUN_MACROS = {
     "MODEL_DIR": "MODEL_DIR",
@@ -50,7 +63,10 @@ def test_recipe(recipe: str, request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_model(model: str, request: pytest.FixtureRequest) -> None:
-    bindings = [f"{name}={value}" for name, value in RUN_MACROS.items()]
+    macros = dict(RUN_MACROS)
+    if (size := VOCAB_SIZE.get(model.removeprefix("gin/models/").removesuffix(".gin"))) is not None:
+        macros["VOCAB_SIZE"] = str(size)
+    bindings = [f"{name}={value}" for name, value in macros.items()]
     config = gin_config.parse([model, MODELS[model], *RUN], bindings)
     compare(model, describe(config), request)
 

@@ -121,11 +121,10 @@ def test_own_checkpoint_damaged(model_dir: Path, tmp_path: Path, part: str) -> N
 
 
 def test_unknown_kinds(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "model.safetensors").write_bytes(b"")  # Without its config.json.
     with pytest.raises(UserError, match=r"has no checkpoint.*known kinds: t5x_like .*T5X legacy"):
         load_initial_params(tmp_path, INFO)
-    with pytest.raises(UserError, match="is no directory"):
-        initial_step(tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"INITIAL_CHECKPOINT_PATH '.*' is no directory"):
+        initial_step(tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="is no directory"):
         load_initial_params(tmp_path / "absent", INFO)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gin
 import jax
 import numpy as np
 import pytest
@@ -19,6 +20,30 @@ from t5x_like.models.base import ModelDef
 from t5x_like.models.block import BlockConfig
 from t5x_like.models.encoder_decoder import EncoderDecoderConfig
 from t5x_like.objectives.seq2seq import Seq2Seq
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@gin.configurable
+def built_model(config=gin.REQUIRED):
+    return config
+
+
+@pytest.fixture
+def resolve(monkeypatch):
+    """name -> the model configuration that the gin file of that name defines."""
+    monkeypatch.chdir(REPOSITORY)
+
+    def resolve(name: str, *bindings: str):
+        with gin.unlock_config():
+            gin.clear_config()
+            gin.parse_config_files_and_bindings(
+                [f"gin/models/{name}.gin"], ["built_model.config = %MODEL", *bindings]
+            )
+        return built_model()
+
+    yield resolve
+    gin.clear_config()
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from t5x_like.kernels.attention import AttentionMask, GlobalKeys, attention
 from t5x_like.kernels.position_bias import AlibiBias, RelativeBias, relative_position_bucket
 from t5x_like.layers.attention import AttentionConfig
+from t5x_like.layers.dropout import dropout
 from t5x_like.layers.mlp import MlpConfig
 from t5x_like.layers.positions import TransformerXlPositionsConfig, sinusoid
 from t5x_like.models.base import ModelDef
@@ -101,7 +103,7 @@ def test_memory_of_a_window_is_linear_in_the_length():
 
     def largest(jaxpr) -> int:
         sizes = [v.aval.size for e in jaxpr.eqns for v in e.outvars]
-        inner = [largest(j) for e in jaxpr.eqns for j in jax.core.jaxprs_in_params(e.params)]
+        inner = [largest(j) for e in jaxpr.eqns for j in jaxprs_in_params(e.params)]
         return max(sizes + inner)
 
     assert largest(jaxpr.jaxpr) <= 4 * window * length < length * length
@@ -220,8 +222,6 @@ def test_a_pattern_runs_its_layers_in_order(num_layers):
         stack = module.decoder
         x = module.embed(tokens)
         keys = [jax.random.fold_in(key, i) for i in range(3)]
-        from t5x_like.layers.dropout import dropout
-
         x = dropout(x, rate=0.1, key=keys[0], broadcast_dims=(-2,))
         mask = AttentionMask(causal=True, key_valid=tokens > 0)
         for layer, (path, index) in enumerate(layer_slots(model.config.block, num_layers)):

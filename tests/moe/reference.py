@@ -27,7 +27,9 @@ Decision = tuple[int, int, int, int, int]
 
 
 def scores_of(config: MoeConfig, params: Any, token: Any) -> tuple[Any, Any]:
-    """Logits and scores of one token."""
+    """Logits and scores of one token; of no use where its id decides."""
+    if isinstance(config.router, HashRouter):
+        return None, None
     logits = token @ params["router"]["kernel"]
     if isinstance(config.router, SigmoidRouter):
         return logits, 1 / (1 + jnp.exp(-logits))

@@ -79,15 +79,7 @@ REFUSED = {
         lambda: ModelDef(decoder(moe(), leading_blocks=(decoder(MLP).block,) * 2)),
         r"leading_blocks has 2 blocks and a stack 2 layers",
     ),
-    "group size": (
-        lambda: call(layer(router=TopKRouter(k=1), group_size=3), *random_call()),
-        r"group_size 3 does not divide the row length 8",
-    ),
 }
-
-
-def random_call() -> Any:
-    return random_params(layer(router=TopKRouter(k=1))), *random_input()
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -21,7 +21,8 @@ from t5x_like.models.base import ModelDef
 from t5x_like.models.block import BlockConfig
 from t5x_like.models.decoder_only import DecoderOnlyConfig
 from t5x_like.models.encoder_decoder import EncoderDecoderConfig
-from t5x_like.objectives.auxiliary import STACK_TOKENS, auxiliaries_of
+from t5x_like.models.padding import real_tokens
+from t5x_like.objectives.auxiliary import STACKS, auxiliaries_of
 from t5x_like.objectives.causal_lm import CausalLm
 from t5x_like.objectives.seq2seq import Seq2Seq
 from t5x_like.parallel.mesh import MeshConfig
@@ -142,7 +143,7 @@ def test_microbatches_change_nothing(whole, microbatches):
 def test_auxiliary_loss_is_the_mean_over_tokens_and_layers(whole):
     """Its gradient is that of the loss that the metrics report, whatever the token loss is."""
     arrays = batch()
-    counts = {stack: np.sum(arrays[name] > 0) for stack, name in STACK_TOKENS.items()}
+    counts = {stack: jnp.sum(real_tokens(arrays, stack=stack)) for stack in STACKS}
 
     @jax.jit
     @jax.value_and_grad

@@ -84,24 +84,24 @@ def test_seqio_gives_the_same_ids(vocabulary):
     assert pickle.loads(pickle.dumps(wrapped)) == wrapped
 
 
-def test_hugging_face_sentinels_padding_and_offset(tmp_path):
+def test_hugging_face_sentinels_and_ids(tmp_path):
     t5 = vocabularies.load(t5_like(tmp_path / "t5.json")).spec
     tokenizer = Tokenizer.from_file(str(tmp_path / "t5.json"))
-    assert (t5.offset, t5.eos_id, t5.unk_id, t5.extra_ids) == (0, 1, 2, 10)
+    assert (t5.zero_is_token, t5.eos_id, t5.unk_id, t5.extra_ids) == (False, 1, 2, 10)
     assert t5.size - 1 == tokenizer.token_to_id("<extra_id_0>")
 
     gpt2 = vocabularies.load(gpt2_like(tmp_path / "gpt2.json")).spec
     tokenizer = Tokenizer.from_file(str(tmp_path / "gpt2.json"))
-    assert (gpt2.offset, gpt2.unk_id, gpt2.extra_ids) == (1, None, 100)
-    assert gpt2.eos_id == tokenizer.token_to_id("<|endoftext|>") + 1
-    assert gpt2.size == tokenizer.get_vocab_size() + 1 + 100
+    assert (gpt2.zero_is_token, gpt2.unk_id, gpt2.extra_ids) == (True, None, 100)
+    assert gpt2.eos_id == tokenizer.token_to_id("<|endoftext|>")
+    assert gpt2.size == tokenizer.get_vocab_size() + 100
 
 
 def test_end_of_sequence_from_the_config_beside_the_file(tmp_path):
     path = gpt2_like(tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "W"}}')
     eos = vocabularies.load(path).spec.eos_id
-    assert eos == Tokenizer.from_file(path).token_to_id("W") + 1
+    assert eos == Tokenizer.from_file(path).token_to_id("W")
 
 
 def test_mode_tokens_are_one_id_or_spelt_out():

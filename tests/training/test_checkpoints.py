@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from t5x_like.errors import UserError
@@ -68,6 +69,9 @@ def test_keep_latest_period_best_and_pinned(tmp_path):
     checkpointer = Checkpointer(tmp_path, config)
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 5.0), (5, 4.0), (6, 9.0)):
         save(checkpointer, step, loss=loss)
+        if step == 2:  # A restarted process knows which is the best, too.
+            checkpointer.close()
+            checkpointer = Checkpointer(tmp_path, config)
         if step == 3:
             (tmp_path / "checkpoints" / "3" / "PINNED").touch()
     checkpointer.close()
@@ -80,6 +84,18 @@ def test_another_model_is_refused_by_name_and_both_shapes(tmp_path):
     save(checkpointer, 1)
     with pytest.raises(UserError, match=r"params/a/kernel is \(2, 3\) there, \(2, 5\)"):
         checkpointer.restore(abstract(state_of(0, width=5)), step=1)
+    checkpointer.close()
+
+
+def test_a_converted_checkpoint_is_no_run_to_go_on_with(tmp_path):
+    state = state_of(1)
+    tree = {"params": {"w": np.zeros((2, 3), np.float32)}, "step": np.int32(0)}
+    handlers = {"state": ocp.PyTreeCheckpointHandler()}
+    with ocp.CheckpointManager(tmp_path / "checkpoints", item_handlers=handlers) as manager:
+        manager.save(0, args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree)))
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig())
+    with pytest.raises(UserError, match=r"holds parameters only.*as INITIAL_CHECKPOINT_PATH"):
+        checkpointer.restore(abstract(state), step=0)
     checkpointer.close()
 
 
@@ -100,7 +116,19 @@ def test_states_of_hosts_merge_by_shard():
     assert merged == {"t": 3, "shards": {"0": 1, "1": 2}}
 
 
-@pytest.mark.parametrize("field", ["period", "keep", "keep_period"])
+def test_checkpoints_without_the_metric_are_not_the_best(tmp_path):
+    config = CheckpointConfig(keep=1, keep_best=1, best_mode="max")
+    checkpointer = Checkpointer(tmp_path, config)
+    save(checkpointer, 1, loss=1.0)
+    save(checkpointer, 2, loss=float("nan"))
+    save(checkpointer, 3)
+    save(checkpointer, 4, loss=0.5)
+    checkpointer.close()
+    left = {int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
+    assert left == {1, 4}
+
+
+@pytest.mark.parametrize("field", ["period", "keep", "keep_period", "patience"])
 def test_zero_is_refused(field):
     with pytest.raises(UserError, match=field):
         CheckpointConfig(**{field: 0})

@@ -98,6 +98,12 @@ class DispatcherConfig:
         assert factor is not None
         return factor
 
+    def without_dropping(self) -> DispatcherConfig:
+        """For generation: a token alone in its group would not compete for capacity either."""
+        if self.kind != "capacity":
+            return self
+        return DispatcherConfig(exchange=self.exchange)
+
     def how(self) -> Literal["all_to_all", "all_gather"]:
         """The exchange in force."""
         return self.exchange or ("all_to_all" if self.kind == "capacity" else "all_gather")

@@ -9,9 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from t5x_like.errors import UserError
 from t5x_like.layers.checks import check_instance, check_number, check_positive_ints
 from t5x_like.layers.dropout import fold_key
 from t5x_like.layers.mlp import MlpConfig
@@ -56,8 +55,8 @@ class MoeConfig:
       expert: the shape of one; `use_bias` gives each of them biases.
       router: which experts a token goes to.
       dispatcher: how it gets there.
-      group_size: tokens that are balanced, dropped and chosen among together: a divisor of the
-        length of a row, or None for a whole row.
+      group_size: tokens that are balanced, dropped and chosen among together; None for a whole
+        row. The last group of a row may have fewer.
       shared_expert: a layer that every token goes through besides, or None (several shared
         experts are one whose mlp_dim is the sum of theirs).
       expert_dropout_rate: dropout of the experts' hidden layer; None for the block's rate.
@@ -89,6 +88,11 @@ class MoeConfig:
         if isinstance(self.router, ExpertChoiceRouter):
             return self.router.capacity_factor
         return 1 if isinstance(self.router, HashRouter) else self.router.k
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        """Those of an expert, as `MlpConfig` has them."""
+        return self.expert.activations
 
     def build(
         self,
@@ -137,6 +141,7 @@ class Moe(nnx.Module):
         broadcast_dims: tuple[int, ...],
         real: Bool[Array, "batch length"] | None = None,
         token_ids: Int[Array, "batch length"] | None = None,
+        dropping: bool = True,
     ) -> tuple[Float[Array, "batch length embed"], Auxiliary]:
         """Output, zero from the experts where a token is padding or dropped, and the rest.
 
@@ -146,46 +151,23 @@ class Moe(nnx.Module):
             experts draw for every token apart, whatever `broadcast_dims` says.
           real: False for padding, which takes no capacity and counts in no loss; None for none.
           token_ids: of the input, for a router that goes by them.
+          dropping: False takes the dropless dispatcher in place of one with capacity.
         """
         config = self.config
-        batch, length, embed = x.shape
-        size = config.group_size or length
-        if length % size:
-            raise UserError(
-                f"MoeConfig.group_size {size} does not divide the row length {length}: choose a "
-                "divisor, or None for a whole row"
-            )
+        batch, length, _ = x.shape
         if real is None:
             real = jnp.ones((batch, length), bool)
-        groups = x.reshape(-1, size, embed)
-        groups_real = real.reshape(-1, size)
-        routed = self.router(
-            groups,
-            real=groups_real,
+        size = min(config.group_size or length, length)
+        y, auxiliary = self._routed(
+            _grouped(x, size),
+            real=_grouped(real, size),
             rows=batch,
-            token_ids=None if token_ids is None else token_ids.reshape(-1, size),
-            key=fold_key(dropout_key, 0),
+            token_ids=None if token_ids is None else _grouped(token_ids, size),
+            dispatcher=config.dispatcher if dropping else config.dispatcher.without_dropping(),
+            dropout_rate=dropout_rate,
+            key=dropout_key,
         )
-        pairs, capacity = routed.pairs, None
-        if config.dispatcher.kind == "capacity":
-            table = capacities(
-                config.dispatcher.factor(training=dropout_key is not None),
-                num_experts=config.num_experts,
-                group=size,
-                least=config.dispatcher.min_capacity or 4,
-            )
-            capacity = int(table.max())
-            pairs = dataclasses.replace(pairs, limit=limits(table, groups_real))
-        rate = dropout_rate if config.expert_dropout_rate is None else config.expert_dropout_rate
-        dispatcher = Dispatcher(
-            config=config.dispatcher,
-            mlp=config.expert,
-            num_experts=config.num_experts,
-            capacity=capacity,
-            dropout_rate=rate or None,
-        )
-        y = dispatcher(groups, pairs, self.experts.arrays(), fold_key(dropout_key, 1))
-        y = constrain(y.reshape(x.shape), ("batch", "length", "embed"))
+        y = constrain(y.reshape(batch, -1, x.shape[2])[:, :length], ("batch", "length", "embed"))
         if config.shared_expert is not None:
             y = y + self.shared(
                 x,
@@ -193,6 +175,51 @@ class Moe(nnx.Module):
                 dropout_key=fold_key(dropout_key, 2),
                 broadcast_dims=broadcast_dims,
             )
-        lost = dropped(pairs, num_experts=config.num_experts)
+        return y, auxiliary
+
+    def _routed(
+        self,
+        x: Float[Array, "groups tokens embed"],
+        *,
+        real: Bool[Array, "groups tokens"],
+        rows: int,
+        token_ids: Int[Array, "groups tokens"] | None,
+        dispatcher: DispatcherConfig,
+        dropout_rate: float,
+        key: jax.Array | None,
+    ) -> tuple[Float[Array, "groups tokens embed"], Auxiliary]:
+        """The part of the experts that tokens are routed to; arguments as of a call."""
+        config, num_experts = self.config, self.config.num_experts
+        routed = self.router(x, real=real, rows=rows, token_ids=token_ids, key=fold_key(key, 0))
+        pairs, capacity = routed.pairs, None
+        if dispatcher.kind == "capacity":
+            table = capacities(
+                dispatcher.factor(training=key is not None),
+                num_experts=num_experts,
+                group=x.shape[1],
+                least=dispatcher.min_capacity or 4,
+            )
+            capacity = int(table.max())
+            pairs = dataclasses.replace(pairs, limit=limits(table, real))
+        rate = dropout_rate if config.expert_dropout_rate is None else config.expert_dropout_rate
+        dispatch = Dispatcher(
+            config=dispatcher,
+            mlp=config.expert,
+            num_experts=num_experts,
+            capacity=capacity,
+            dropout_rate=rate or None,
+        )
+        y = dispatch(x, pairs, self.experts.arrays(), fold_key(key, 1))
+        lost = dropped(pairs, num_experts=num_experts)
         sums = {**routed.losses, **routed.statistics, "dropped_fraction": lost}
         return y, Auxiliary(load=jnp.sum(routed.selected, axis=0), sums=sums)
+
+
+def _grouped(
+    x: Shaped[Array, "batch length *rest"], size: int
+) -> Shaped[Array, "groups size *rest"]:
+    """Rows cut into groups of `size` tokens, the last of a row filled up with zeros (padding)."""
+    missing = -x.shape[1] % size
+    if missing:
+        x = jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)))
+    return x.reshape(-1, size, *x.shape[2:])

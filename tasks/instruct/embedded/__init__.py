@@ -1,0 +1,52 @@
+"""An instruction mixture over data that ships with the package (see README.md here).
+
+    embedded_TASK, embedded_TASK_zero_shot, ...   every Task below, by kind of template
+    embedded_train                                the mixture to train on
+    embedded_train_zero_shot                      the same Tasks by answer templates alone, to score
+    embedded_held_out                             Tasks that are not in the training mixture
+
+The vocabulary is that of the King James text.
+"""
+
+from pathlib import Path
+
+import seqio
+
+from tasks.instruct.embedded import passages, rules, words
+from tasks.instruct.register import add_mixture, add_tasks
+from tasks.instruct.sources import CountingSource, RecordSource
+
+HELD_OUT = ("next_choice", "hypernym_choice", "list_first", "larger")
+# Tasks by rule take half the share of those over texts.
+RATES = {name: 1.0 for name in (*passages.COLLECTIONS, *words.COLLECTIONS)} | {
+    name: 0.5 for name in rules.COLLECTIONS
+}
+
+_KJV = Path(__file__).parents[2] / "kjv"
+_VOCABULARY = seqio.SentencePieceVocabulary(str(_KJV / "vocabulary.model"), extra_ids=100)
+_TRAIN, _VALIDATION = (str(_KJV / "data" / f"{s}.jsonl.xz") for s in ("train", "validation"))
+# Whole books are held out; but which book a passage is from can be asked of known books only.
+_BOOKS = RecordSource({"train": [_TRAIN], "validation": [_VALIDATION]})
+_CHAPTERS = RecordSource({"train": [_TRAIN]}, validation_fraction=0.05)
+_WORDS = RecordSource({"train": [str(words.FILE)]}, validation_fraction=0.1)
+_NUMBERS = CountingSource(rules.COUNT, validation_fraction=0.05)
+_PAIRS = CountingSource(rules.PAIRS, validation_fraction=0.1)
+
+
+def source_of(name: str) -> seqio.DataSource:
+    """The examples of an embedded Task."""
+    if name in passages.COLLECTIONS:
+        return _CHAPTERS if name == "book" else _BOOKS
+    if name in words.COLLECTIONS:
+        return _WORDS
+    return _PAIRS if name == "arithmetic" else _NUMBERS
+
+
+COLLECTIONS = passages.COLLECTIONS | words.COLLECTIONS | rules.COLLECTIONS
+for _name, _collection in COLLECTIONS.items():
+    add_tasks(f"embedded_{_name}", _collection, source=source_of(_name), vocabulary=_VOCABULARY)
+
+_trained = [name for name in COLLECTIONS if name not in HELD_OUT]
+add_mixture("embedded_train", {f"embedded_{name}": RATES[name] for name in _trained})
+for _mixture, _names in (("train_zero_shot", _trained), ("held_out", HELD_OUT)):
+    add_mixture(f"embedded_{_mixture}", {f"embedded_{name}_zero_shot": 1.0 for name in _names})

@@ -1,0 +1,1 @@
+"""Public collections by the schemas of their publishers (TFDS's and Hugging Face's)."""
