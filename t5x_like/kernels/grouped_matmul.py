@@ -1,21 +1,18 @@
 """Products of rows, grouped by expert, with each group's own matrix: `y[r] = x[r] @ w[group(r)]`.
 
-Two backends. `ragged` is XLA's own `ragged_dot`. `blocked` lays every group out in whole blocks of
-rows and multiplies block by block: on a CPU `ragged_dot` multiplies all rows with all matrices.
+Two backends. `ragged` is XLA's own `ragged_dot`. `blocked` multiplies a block of rows of one group
+after the other: on a CPU `ragged_dot` multiplies all rows with all matrices.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-
-logger = logging.getLogger(__name__)
 
 Backend = Literal["auto", "ragged", "blocked"]
 BACKENDS = ("auto", "ragged", "blocked")
@@ -24,52 +21,50 @@ BACKENDS = ("auto", "ragged", "blocked")
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("starts", "sizes"),
-    meta_fields=("num_rows", "align"),
+    meta_fields=("num_rows", "block"),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Groups:
-    """Where each group's rows lie: `sizes[e]` rows from `starts[e]`, a multiple of `align`.
+    """Where each group's rows lie: `sizes[e]` rows from `starts[e]`, in the order of the groups.
 
-    Rows between the end of a group and the start of the next are no group's.
+    Rows between the end of a group and the start of the next are no group's. `block` is the number
+    of rows that are multiplied at once, 0 for `ragged`; so many rows more lie after the last group.
     """
 
     starts: Int[Array, " groups"]
     sizes: Int[Array, " groups"]
     num_rows: int
-    align: int
+    block: int
 
     @classmethod
-    def of(cls, sizes: Int[Array, " groups"], *, total: int, align: int) -> Groups:
+    def of(cls, sizes: Int[Array, " groups"], *, total: int, block: int) -> Groups:
         """Groups of these sizes one after another; `total` bounds the sum of the sizes."""
-        aligned = -(-sizes // align) * align
-        num_rows = -(-(total + len(sizes) * (align - 1)) // align) * align
-        starts = jnp.cumsum(aligned) - aligned
-        return cls(starts=starts, sizes=sizes, num_rows=num_rows, align=align)
+        starts = jnp.cumsum(sizes) - sizes
+        return cls(starts=starts, sizes=sizes, num_rows=total + block, block=block)
 
     def of_rows(self, rows: Int[Array, " rows"]) -> Int[Array, " rows"]:
         """The group of each row; a row after the last group's start is the last group's."""
         return jnp.sum(rows[:, None] >= self.starts[None, 1:], axis=1, dtype=jnp.int32)
 
 
-@functools.cache
-def choose_backend(name: Backend, platform: str) -> Literal["ragged", "blocked"]:
-    """The backend that runs on `platform`, and a log line that says why."""
+def choose_backend(name: Backend, platform: str) -> tuple[Literal["ragged", "blocked"], str]:
+    """The backend that runs on `platform`, and why."""
     if name != "auto":
-        logger.info("Grouped matmul: %s, as configured", name)
-        return name
+        return name, "as configured"
     if platform == "cpu":
-        logger.info("Grouped matmul: blocked; on a CPU ragged_dot multiplies with every matrix")
-        return "blocked"
-    logger.info("Grouped matmul: ragged (jax.lax.ragged_dot) on %s", platform)
-    return "ragged"
+        return "blocked", "on a CPU ragged_dot multiplies with every matrix"
+    return "ragged", f"jax.lax.ragged_dot is made for {platform}"
 
 
-def row_alignment(backend: Literal["ragged", "blocked"], *, rows: int, groups: int) -> int:
-    """Rows in a block: about half of a mean group, so that padding adds a quarter to the work."""
+def block_rows(backend: Literal["ragged", "blocked"], *, rows: int, groups: int) -> int:
+    """Rows in a block: a quarter more than a mean group, so that most groups are one block.
+
+    A processor reorders a matrix before it multiplies, as long as it takes for some 30 rows: so
+    the fewer blocks the better.
+    """
     if backend == "ragged":
-        return 1
-    half = max(1, rows // (2 * groups))
-    return min(256, max(8, 1 << (half.bit_length() - 1)))
+        return 0
+    return min(512, -(-5 * rows // (4 * groups * 16)) * 16)
 
 
 def grouped_matmul(
@@ -77,10 +72,10 @@ def grouped_matmul(
 ) -> Float[Array, "rows outputs"]:
     """`x[r] @ w[group of r]`; unspecified, but finite, in rows of no group.
 
-    `ragged_dot` where `groups.align` is 1, else block by block.
+    `ragged_dot` where `groups.block` is 0, else block by block.
     """
     w = like_varying(w, x)
-    if groups.align == 1:
+    if not groups.block:
         return jax.lax.ragged_dot(x, w, groups.sizes)
     return _blocked(x, w, groups)
 
@@ -97,23 +92,47 @@ def _varying(x: jax.Array) -> frozenset[str]:
     return kind.mat.varying if hasattr(kind, "mat") else kind.vma
 
 
+class _Blocks(NamedTuple):
+    """Blocks in the order of their rows: each one's group, first row, rows; and their number.
+
+    A block is read and written at its full size. What it writes beyond its own rows, the blocks
+    after it write again.
+    """
+
+    group: Int[Array, " blocks"]
+    start: Int[Array, " blocks"]
+    rows: Int[Array, " blocks"]
+    used: Int[Array, ""]
+
+    @classmethod
+    def of(cls, groups: Groups) -> _Blocks:
+        size, num_groups = groups.block, len(groups.sizes)
+        ends = jnp.cumsum(-(-groups.sizes // size))
+        index = jnp.arange(groups.num_rows // size + num_groups, dtype=jnp.int32)
+        group = jnp.sum(index[:, None] >= ends[None, :-1], axis=1, dtype=jnp.int32)
+        before = (index - jnp.where(group > 0, ends[group - 1], 0)) * size
+        rows = jnp.minimum(groups.sizes[group] - before, size)
+        return cls(group=group, start=groups.starts[group] + before, rows=rows, used=ends[-1])
+
+
+def _rows_of(x: jax.Array, start: jax.Array, count: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, count)
+
+
+def _set_rows(x: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, rows, start, 0)
+
+
 @jax.custom_vjp
 def _blocked(x: jax.Array, w: jax.Array, groups: Groups) -> jax.Array:
-    blocks = x.reshape(-1, groups.align, x.shape[1])
-    group, used = _used_blocks(groups)
+    blocks = _Blocks.of(groups)
 
     def multiply(i: Any, y: jax.Array) -> jax.Array:
-        return y.at[i].set(blocks[i] @ w[group[i]])
+        rows = _rows_of(x, blocks.start[i], groups.block)
+        return _set_rows(y, rows @ w[blocks.group[i]], blocks.start[i])
 
-    y = like_varying(jnp.zeros((*blocks.shape[:2], w.shape[2]), x.dtype), x)
-    return jax.lax.fori_loop(0, used, multiply, y).reshape(x.shape[0], -1)
-
-
-def _used_blocks(groups: Groups) -> tuple[jax.Array, jax.Array]:
-    """The group of every block of rows, and how many blocks hold any row."""
-    first_rows = jnp.arange(groups.num_rows // groups.align, dtype=jnp.int32) * groups.align
-    end = groups.starts[-1] + groups.sizes[-1]
-    return groups.of_rows(first_rows), -(-end // groups.align)
+    y = like_varying(jnp.zeros((len(x), w.shape[2]), x.dtype), x)
+    return jax.lax.fori_loop(0, blocks.used, multiply, y)
 
 
 def _forward(x: jax.Array, w: jax.Array, groups: Groups) -> tuple[jax.Array, Any]:
@@ -122,20 +141,21 @@ def _forward(x: jax.Array, w: jax.Array, groups: Groups) -> tuple[jax.Array, Any
 
 def _backward(saved: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x, w, groups = saved
-    blocks = x.reshape(-1, groups.align, x.shape[1])
-    grads = grad.reshape(-1, groups.align, grad.shape[1])
-    group, used = _used_blocks(groups)
+    blocks = _Blocks.of(groups)
+    wide = jnp.promote_types(w.dtype, jnp.float32)
 
     def multiply(i: Any, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        dx, dw = sums
-        dx = dx.at[i].set(grads[i] @ w[group[i]].T)
-        product = jnp.matmul(blocks[i].T, grads[i], preferred_element_type=dw.dtype)
-        return dx, dw.at[group[i]].add(product)
+        (dx, dw), start, group = sums, blocks.start[i], blocks.group[i]
+        dy = _rows_of(grad, start, groups.block)
+        own = (jnp.arange(groups.block) < blocks.rows[i])[:, None]
+        inputs = jnp.where(own, _rows_of(x, start, groups.block), 0)
+        product = jnp.matmul(inputs.T, dy, preferred_element_type=wide)
+        return _set_rows(dx, dy @ w[group].T, start), dw.at[group].add(product)
 
-    dw_dtype = jnp.promote_types(w.dtype, jnp.float32)
-    zeros = (jnp.zeros_like(blocks), jnp.zeros(w.shape, dw_dtype))
-    dx, dw = jax.lax.fori_loop(0, used, multiply, tuple(like_varying(z, grad) for z in zeros))
-    return dx.reshape(x.shape), dw.astype(w.dtype), None
+    zeros = (jnp.zeros_like(x), jnp.zeros(w.shape, wide))
+    varying = tuple(like_varying(z, grad) for z in zeros)
+    dx, dw = jax.lax.fori_loop(0, blocks.used, multiply, varying)
+    return dx, dw.astype(w.dtype), None
 
 
 _blocked.defvjp(_forward, _backward)

@@ -22,6 +22,8 @@ Auxiliaries = dict[str, Auxiliary]
 SummedMetrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 
 STACKS = ("encoder", "decoder")
+# Before the path of the layers: the metric that holds the load of each of their experts.
+LOADS = "moe_loads/"
 
 
 def auxiliaries_of(module: Any) -> Auxiliaries:

@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 
 from t5x_like.errors import UserError, did_you_mean
+from t5x_like.objectives.auxiliary import LOADS
 from t5x_like.training.checkpoints import CheckpointConfig, Checkpointer
 from t5x_like.training.loop import Rewind, StepInfo, Stop
 from t5x_like.training.metrics import MetricWriter
@@ -33,8 +36,9 @@ PREEMPTED = 75
 
 
 def to_floats(metrics: Mapping[str, jax.Array]) -> Scalars:
-    """Device scalars as Python floats (waits for the device)."""
-    return {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+    """Device scalars as Python floats (waits for the device); other arrays are left out."""
+    scalars = {name: value for name, value in metrics.items() if not jnp.ndim(value)}
+    return {name: float(value) for name, value in jax.device_get(scalars).items()}
 
 
 def _due(step: int, every: int) -> bool:
@@ -183,6 +187,39 @@ def _short(scalars: Scalars) -> str:
     """Loss and accuracy of the objective, or all metrics of generated text."""
     names = ("loss", "accuracy") if "loss" in scalars else tuple(scalars)
     return ", ".join(f"{k} {scalars[k]:.4f}" for k in names if k in scalars)
+
+
+class ExpertLoadHook:
+    """Shows the load of every expert over time as an image: time to the right, experts down.
+
+    A column is a logged step since this process started, a band of rows a layer. Black stands
+    for no tokens, mid grey for an equal share, white for twice that or more. Metrics are kept on
+    the device until an image is due.
+    """
+
+    def __init__(self, *, every: int, image_every: int, writer: MetricWriter) -> None:
+        self._every, self._image_every, self._writer = every, image_every, writer
+        self._kept: list[dict[str, jax.Array]] = []
+        self._columns: dict[str, list[np.ndarray]] = {}
+
+    def __call__(self, info: StepInfo) -> None:
+        if info.metrics is None:
+            return
+        if _due(info.step, self._every) or info.last:
+            named = info.metrics.items()
+            self._kept.append({n: m for n, m in named if n.startswith(LOADS)})
+        if not (_due(info.step, self._image_every) or info.last):
+            return
+        for loads in jax.device_get(self._kept):
+            for name, load in loads.items():
+                share = load / np.maximum(load.mean(axis=1, keepdims=True), 1e-9)
+                self._columns.setdefault(name, []).append(share.reshape(-1))
+        self._kept = []
+        for name, columns in self._columns.items():
+            path = name.removeprefix(LOADS)
+            shares = np.stack(columns, axis=1)
+            grey = np.clip(shares * 127.5, 0, 255).astype(np.uint8)
+            self._writer.image(info.step, f"moe/{path}/expert_load", grey)
 
 
 class NonFiniteHook:

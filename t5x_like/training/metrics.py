@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import UInt8
 from tensorboardX import SummaryWriter
 
 
@@ -45,6 +47,14 @@ class MetricWriter:
         """Shows `text` verbatim under TensorBoard's Text tab."""
         indented = "".join(f"    {line}\n" for line in text.splitlines())
         self._events.add_text(name, indented, step)
+        self._events.flush()
+
+    def image(
+        self, step: int, name: str, grey: UInt8[np.ndarray, "rows columns"], *, zoom: int = 8
+    ) -> None:
+        """Shows a grey picture, every value a square of `zoom` pixels, under the Images tab."""
+        large = np.kron(grey, np.ones((zoom, zoom), np.uint8))
+        self._events.add_image(name, large, step, dataformats="HW")
         self._events.flush()
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ from t5x_like.interop.initial import (
     initial_step,
     load_initial_params,
 )
+from t5x_like.layers.moe.layer import Moe
 from t5x_like.parallel import multihost
 from t5x_like.training import hooks, model_info
 from t5x_like.training.checkpoints import Checkpointer, run_metadata
@@ -310,6 +311,13 @@ class _Session:
                 history=self._history(run.checkpoints.best_metric, first_step),
             )
             all_hooks.insert(-1, best)
+        modules = (module for _, module in self.built.model_def.modules())
+        if writer is not None and any(isinstance(module, Moe) for module in modules):
+            all_hooks.append(
+                hooks.ExpertLoadHook(
+                    every=run.log_period, image_every=run.eval_period, writer=writer
+                )
+            )
         if run.profile.steps:
             profile = run.profile
             directory = self.model_dir / "train"

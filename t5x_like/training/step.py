@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from t5x_like.errors import UserError
 from t5x_like.models.base import ModelDef
 from t5x_like.objectives.auxiliary import (
+    LOADS,
     auxiliaries_of,
     auxiliary_loss,
     auxiliary_metrics,
@@ -28,7 +29,7 @@ from t5x_like.training.state import TrainState
 
 PyTree = Any
 Batch = Mapping[str, Array]
-Metrics = dict[str, Float[Array, ""]]
+Metrics = dict[str, Float[Array, "..."]]
 # A metric as (weighted sum, sum of weights): what microbatches and batches can add.
 SummedMetrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 TrainStep = Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, Metrics]]
@@ -78,7 +79,8 @@ def make_train_step(
       step_config: see there.
 
     Returns:
-      A function whose metrics are float32 scalars: the objective's, each divided by its weight;
+      A function whose metrics are float32 scalars (but `moe_loads/PATH`: tokens of every expert
+      [layers, experts]): the objective's, each divided by its weight;
       `learning_rate`, the rate that was applied; `grad_norm`, the L2 norm of the gradients of all
       trained parameters before clipping; `param_norm`, that of all parameters after the step; and
       `nonfinite`, 1 if a gradient or the loss is not finite, else 0. (Every gradient element is
@@ -131,6 +133,7 @@ def make_train_step(
         metrics = {
             **mean_metrics(summed),
             **load_metrics(loads),
+            **{f"{LOADS}{path}": load for path, load in loads.items()},
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(params),

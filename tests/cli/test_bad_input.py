@@ -461,3 +461,38 @@ def test_text_with_flaws(text: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert (split.records, split.dropped_documents, split.replaced_bytes) == (2, 1, 2)
     replaced = documents[0].decode(errors="replace").encode()
     assert split.tokens["targets"] == len(replaced) + len(documents[2])
+
+
+EXPERTS_GIN = """
+from __gin__ import dynamic_registration
+from t5x_like.layers import mlp
+from t5x_like.layers.moe import dispatch
+from t5x_like.layers.moe import layer
+from t5x_like.layers.moe import routers
+from t5x_like.models import block
+from t5x_like.parallel import mesh
+block.BlockConfig.mlp = @layer.MoeConfig()
+layer.MoeConfig:
+  num_experts = 6
+  expert = @mlp.MlpConfig()
+  router = @routers.TopKRouter()
+  dispatcher = @dispatch.DispatcherConfig()
+routers.TopKRouter.k = 2
+"""
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("routers.TopKRouter.k=7", ["k 7", "num_experts 6", "choose k of at most 6"]),
+        (
+            "dispatch.DispatcherConfig.capacity_factor=1.25",
+            ["capacity_factor is 1.25", "kind 'dropless'", "choose kind 'capacity'"],
+        ),
+        ("MESH={'data': 2, 'expert': 4}", ["num_experts 6", "expert axis", "4", "in MESH"]),
+    ],
+)
+def test_experts(refused_train: Refused, tmp_path: Path, flag: str, says: list[str]) -> None:
+    file = tmp_path / "experts.gin"
+    file.write_text(EXPERTS_GIN)
+    refused_train(f"--gin_file={file}", *SMALL, f"--gin.{flag}", says=says)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from t5x_like.errors import UserError
-from t5x_like.kernels.grouped_matmul import choose_backend
 from t5x_like.layers.attention import AttentionConfig
 from t5x_like.layers.mlp import MlpConfig
+from t5x_like.layers.moe import dispatch, routers
 from t5x_like.layers.moe.dispatch import DispatcherConfig
 from t5x_like.layers.moe.layer import MoeConfig
 from t5x_like.layers.moe.routers import (
@@ -90,12 +90,31 @@ def test_refused(case):
     assert "\n" not in str(caught.value)
 
 
-def test_the_log_says_which_product_runs_and_why(caplog):
-    choose_backend.cache_clear()
-    with caplog.at_level("INFO"):
-        assert choose_backend("auto", "cpu") == "blocked"
-        assert choose_backend("auto", "gpu") == "ragged"
-    assert "on a CPU ragged_dot multiplies" in caplog.text and "on gpu" in caplog.text
+def test_the_log_says_once_what_runs_and_why(caplog):
+    for announce in (dispatch._announce, routers._warn_of_force):
+        announce.cache_clear()
+    with caplog.at_level("INFO", logger="t5x_like"):
+        for _ in range(2):
+            program(moe(router=TopKRouter(k=2, force_balance=True)))
+        dispatch._announce(DispatcherConfig(), 4, "gpu")
+    assert [record.getMessage() for record in caplog.records] == [
+        "Experts: force_balance is on: tokens go to experts in turn, not by their scores. This is "
+        "for benchmarks: such a model learns no routing.",
+        "Experts on cpu: dispatcher dropless, no exchange (the mesh has no expert axis), grouped "
+        "matmul blocked (on a CPU ragged_dot multiplies with every matrix)",
+        "Experts on gpu: dispatcher dropless, exchange all_gather over the expert axis of 4 (the "
+        "default with dropless), grouped matmul ragged (jax.lax.ragged_dot is made for gpu)",
+    ]
+
+
+@pytest.mark.parametrize("kind", [TopKRouter, SigmoidRouter])
+def test_forced_balance_spreads_real_tokens_evenly(kind):
+    model = layer(router=kind(k=2, force_balance=True))
+    x, real, ids = random_input(rows=4)
+    real[:] = True
+    real[0, 3:7] = False
+    _, auxiliary = jax.jit(lambda params: call(model, params, x, real, ids))(random_params(model))
+    np.testing.assert_array_equal(auxiliary.load, np.full(8, 2 * real.sum() / 8))
 
 
 FIELDS: list[tuple[str, dict[str, Any]]] = [
@@ -106,7 +125,7 @@ FIELDS: list[tuple[str, dict[str, Any]]] = [
         {
             **{"k": 3, "scoring": "selected", "renormalize": True, "scale": 2.0},
             **{"jitter": 0.5, "random_second": True, "prioritized": True},
-            **{"balance_loss": 0.5, "z_loss": 0.5},
+            **{"balance_loss": 0.5, "z_loss": 0.5, "force_balance": True},
         },
     ),
     (
@@ -121,7 +140,7 @@ BASE = moe(
 )
 OF_SIGMOID = {
     **{"k": 3, "renormalize": False, "scale": 2.0, "sequence_loss": 0.5, "z_loss": 0.5},
-    **{"num_groups": 4, "top_groups": 2},
+    **{"num_groups": 4, "top_groups": 2, "force_balance": True},
 }
 
 

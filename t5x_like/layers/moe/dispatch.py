@@ -17,10 +17,10 @@ from t5x_like.errors import UserError
 from t5x_like.kernels.grouped_matmul import (
     BACKENDS,
     Groups,
+    block_rows,
     choose_backend,
     grouped_matmul,
     like_varying,
-    row_alignment,
 )
 from t5x_like.layers.checks import check_choice, check_number, check_positive_ints
 from t5x_like.layers.mlp import MlpConfig
@@ -139,6 +139,7 @@ class Dispatcher:
         ids = jnp.arange(groups * tokens, dtype=jnp.int32).reshape(groups, tokens)
         key = None if self.dropout_rate is None else key
         if self.config.kind == "dense":
+            _announce_dense()
             return self._dense(x, pairs, arrays, ids, key)
         work = self._sharded
         return exchange.over_tokens(
@@ -147,6 +148,7 @@ class Dispatcher:
 
     def _sharded(self, tokens: Any, arrays: dict[str, Any], key: Any, degree: int) -> jax.Array:
         """A device's part: its groups of tokens, and its part of `degree` of the experts."""
+        _announce(self.config, degree, jax.default_backend())
         x, pairs, ids = tokens
         if degree == 1:
             return self._local(x, pairs, arrays, ids, key, first_expert=0)
@@ -192,13 +194,13 @@ class Dispatcher:
     ) -> Float[Array, "tokens embed"]:
         """Dropless: rows sorted by expert, multiplied group by group."""
         num_experts, num_pairs = len(arrays["wo"][0]), pairs.expert.shape[-1]
-        backend = choose_backend(self.config.matmul, jax.default_backend())
-        align = row_alignment(backend, rows=num_pairs, groups=num_experts)
+        backend, _ = choose_backend(self.config.matmul, jax.default_backend())
+        block = block_rows(backend, rows=num_pairs, groups=num_experts)
         groups: Groups | None = None
 
         def layout(counts: jax.Array) -> Groups:
             nonlocal groups
-            groups = Groups.of(counts, total=num_pairs, align=align)
+            groups = Groups.of(counts, total=num_pairs, block=block)
             return groups
 
         placed = place(pairs, num_experts=num_experts, num_tokens=len(x), layout=layout)
@@ -327,6 +329,28 @@ class Dispatcher:
         return lambda hidden: drop(hidden, token, expert)
 
 
+@functools.cache
+def _announce_dense() -> None:
+    logger.info("Experts: dispatcher dense, as configured: every expert works on every token")
+
+
+@functools.cache
+def _announce(config: DispatcherConfig, degree: int, platform: str) -> None:
+    """Logs once how tokens get to their experts, and why so."""
+    words = [f"dispatcher {config.kind}"]
+    if degree == 1:
+        words.append("no exchange (the mesh has no expert axis)")
+    else:
+        why = "as configured" if config.exchange else f"the default with {config.kind}"
+        words.append(f"exchange {config.how()} over the expert axis of {degree} ({why})")
+    if config.kind == "capacity":
+        words.append("batched matmul (every expert has as many rows)")
+    else:
+        backend, why = choose_backend(config.matmul, platform)
+        words.append(f"grouped matmul {backend} ({why})")
+    logger.info("Experts on %s: %s", platform, ", ".join(words))
+
+
 def _grouped(groups: Groups, x: jax.Array, kernel: jax.Array) -> jax.Array:
     return grouped_matmul(x, kernel, groups)
 
@@ -349,7 +373,7 @@ def _slots(
     def layout(counts: jax.Array) -> Groups:
         starts = jnp.arange(num_experts, dtype=jnp.int32) * capacity
         sizes = jnp.minimum(counts, capacity if limit is None else limit)
-        return Groups(starts=starts, sizes=sizes, num_rows=num_experts * capacity, align=capacity)
+        return Groups(starts=starts, sizes=sizes, num_rows=num_experts * capacity, block=0)
 
     return layout
 

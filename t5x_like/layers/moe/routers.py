@@ -7,6 +7,8 @@ the balance losses depend on devices or microbatches.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 from typing import Any, Literal
 
 import jax
@@ -19,6 +21,8 @@ from t5x_like.errors import UserError
 from t5x_like.layers.checks import check_bools, check_choice, check_number, check_positive_ints
 from t5x_like.layers.moe.assignment import Assignments
 from t5x_like.layers.parameter import ModelState, in_use, parameter
+
+logger = logging.getLogger(__name__)
 
 # Sums over tokens (or pairs) and what they are sums of: both add up over everything.
 Pair = tuple[Float[Array, ""], Float[Array, ""]]
@@ -65,6 +69,7 @@ class TopKRouter:
       prioritized: where an expert is full, it keeps the tokens of the highest probability instead
         of the first ones. Which these are depends on later tokens.
       balance_loss, z_loss: coefficients of the losses below.
+      force_balance: for benchmarks: experts get tokens in turn, whatever their scores.
     """
 
     k: int
@@ -78,13 +83,14 @@ class TopKRouter:
     prioritized: bool = False
     balance_loss: float = 0.01
     z_loss: float = 0.0
+    force_balance: bool = False
 
     causal = True
 
     def __post_init__(self) -> None:
         check_positive_ints(self, "k", "num_groups", "top_groups")
         check_choice(self, "scoring", ("all", "selected"))
-        check_bools(self, "renormalize", "random_second", "prioritized")
+        check_bools(self, "renormalize", "random_second", "prioritized", "force_balance")
         check_number(self, "jitter", low=0.0, high=1.0)
         for name in ("scale", "balance_loss", "z_loss"):
             check_number(self, name, low=0.0)
@@ -114,6 +120,7 @@ class SigmoidRouter:
       scale: multiplies the weights.
       bias_rate: step of the bias; 0 leaves it at zero.
       sequence_loss, z_loss: coefficients; `sequence_loss` is the balance of each row.
+      force_balance: as of `TopKRouter`.
     """
 
     k: int
@@ -124,12 +131,13 @@ class SigmoidRouter:
     bias_rate: float = 0.001
     sequence_loss: float = 1e-4
     z_loss: float = 0.0
+    force_balance: bool = False
 
     causal = True
 
     def __post_init__(self) -> None:
         check_positive_ints(self, "k", "num_groups", "top_groups")
-        check_bools(self, "renormalize")
+        check_bools(self, "renormalize", "force_balance")
         for name in ("scale", "bias_rate", "sequence_loss", "z_loss"):
             check_number(self, name, low=0.0)
 
@@ -204,6 +212,14 @@ class HashRouter:
 RouterConfig = TopKRouter | SigmoidRouter | ExpertChoiceRouter | HashRouter
 
 
+@functools.cache
+def _warn_of_force() -> None:
+    logger.warning(
+        "Experts: force_balance is on: tokens go to experts in turn, not by their scores. This "
+        "is for benchmarks: such a model learns no routing."
+    )
+
+
 def _check_top_k(config: TopKRouter | SigmoidRouter, num_experts: int) -> None:
     name, groups, top = type(config).__name__, config.num_groups, config.top_groups
     if config.k > num_experts:
@@ -251,6 +267,21 @@ class _Scores(nnx.Module):
         kernel = in_use(self.kernel, wide)
         return jnp.matmul(x.astype(wide), kernel, precision=jax.lax.Precision.HIGHEST)
 
+    def chosen(
+        self, ranked: Float[Array, "groups tokens experts"], real: Bool[Array, "groups tokens"]
+    ) -> Int[Array, "groups tokens k"]:
+        """The k experts that rank highest; in turn where balance is forced."""
+        k = self.config.k
+        best = jax.lax.top_k(ranked, k)[1]
+        if not self.config.force_balance:
+            return best
+        _warn_of_force()
+        groups, tokens = real.shape
+        # Groups of different numbers of real tokens begin at different experts.
+        first = jnp.arange(groups)[:, None] * tokens + jnp.cumsum(real, axis=1) - real
+        turn = (first[..., None] * k + jnp.arange(k)) % self.num_experts
+        return turn + 0 * best  # Scores are ranked all the same: the cost is that of routing.
+
 
 class _TopK(_Scores):
     def __call__(
@@ -270,7 +301,7 @@ class _TopK(_Scores):
         logits = self.logits(x)
         probabilities = jax.nn.softmax(logits, axis=-1)
         allowed = _best_groups(probabilities, config, top=1)
-        expert = jax.lax.top_k(allowed, config.k)[1]
+        expert = self.chosen(allowed, real)
         if config.scoring == "selected":
             weight = jax.nn.softmax(_pick(logits, expert), axis=-1)
         else:
@@ -319,7 +350,7 @@ class _Sigmoid(_Scores):
         logits = self.logits(x)
         scores = jax.nn.sigmoid(logits)
         biased = scores + jax.lax.stop_gradient(self.balance_bias[...].astype(scores.dtype))
-        expert = jax.lax.top_k(_best_groups(biased, config, top=2), config.k)[1]
+        expert = self.chosen(_best_groups(biased, config, top=2), real)
         weight = _scaled(_pick(scores, expert), config.renormalize, config.scale)
         selected = _selected(expert, real, self.num_experts)
         shares = scores / jnp.sum(scores, axis=-1, keepdims=True)
