@@ -489,7 +489,7 @@ routers.TopKRouter.k = 2
             "dispatch.DispatcherConfig.capacity_factor=1.25",
             ["capacity_factor is 1.25", "kind 'dropless'", "choose kind 'capacity'"],
         ),
-        ("MESH={'data': 2, 'expert': 4}", ["num_experts 6", "expert axis", "4", "in MESH"]),
+        ("MESH={'data': 2, 'expert': 4}", ["'experts'", "size 6", "expert 4", "divide 6"]),
     ],
 )
 def test_experts(refused_train: Refused, tmp_path: Path, flag: str, says: list[str]) -> None:
