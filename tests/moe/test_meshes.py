@@ -39,7 +39,6 @@ CASES: dict[str, dict[str, Any]] = {
         "dispatcher": DispatcherConfig(**DROPPING, exchange="all_gather"),
     },
     "experts choose": {"router": ExpertChoiceRouter(capacity_factor=2.0)},
-    "dense": {"router": TopKRouter(k=2), "dispatcher": DispatcherConfig(kind="dense")},
 }
 MODELS = {name: layer(**settings) for name, settings in CASES.items()}
 PARAMS = {name: random_params(model) for name, model in MODELS.items()}
