@@ -153,6 +153,17 @@ def prepare_restore(chapter: Example) -> Sequence[Record]:
     return made
 
 
+def prepare_repeat(chapter: Example) -> Sequence[Record]:
+    """Five to nine words of a passage, to be said again: how a small model learns to copy."""
+    made = []
+    for passage in some(chapter, "repeat"):
+        rng = rng_of("repeat", passage)
+        words, size = words_of(passage), rng.randint(5, 9)
+        start = rng.randint(0, max(0, len(words) - size))
+        made.append({"answer": " ".join(words[start : start + size])})
+    return made
+
+
 def prepare_order(chapter: Example) -> Sequence[Record]:
     """Three clauses that follow each other; the answer is the order of their letters."""
     made = []
@@ -227,6 +238,14 @@ COLLECTIONS = {
         "Make a sentence of these words: {shuffled:commas}",
         "What is said here, in the right order? {shuffled:words}",
         inverse=("Set these words in another order: {answer}", "{shuffled:words}"),
+    ),
+    "repeat": collection(
+        prepare_repeat,
+        "Say again: {answer}",
+        "{answer} Say it once more.",
+        "repeat: {answer}",
+        "Which words are these? {answer}",
+        "Repeat the words that follow. {answer}",
     ),
     "order": collection(
         prepare_order,
