@@ -20,11 +20,9 @@ from tasks.instruct.rank import Rank, add_rank_task
 from tasks.instruct.register import add_mixture, add_tasks
 from tasks.instruct.sources import CountingSource, RecordSource
 
-HELD_OUT = ("next_choice", "hypernym_choice", "list_first", "larger")
-# Most answers are words of the question: to copy is what a small model has to learn first. Of the
-# sums there are few.
+HELD_OUT = ("kind_choice", "part_choice", "list_first", "next_choice", "hypernym_choice", "larger")
+# Of the sums there are few.
 RATES = dict.fromkeys(passages.COLLECTIONS | words.COLLECTIONS | rules.COLLECTIONS, 1.0) | {
-    "repeat": 3.0,
     "arithmetic": 0.5,
 }
 
@@ -54,6 +52,8 @@ for _name, _collection in COLLECTIONS.items():
 RANKED = {
     name: Rank(template=COLLECTIONS[name].templates[0], choices=choices)
     for name, choices in (
+        ("kind_choice", "choices"),
+        ("part_choice", "choices"),
         ("next_choice", "choices"),
         ("hypernym_choice", "choices"),
         ("larger", "numbers"),

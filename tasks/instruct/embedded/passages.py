@@ -80,6 +80,16 @@ def prepare_kind(chapter: Example) -> Sequence[Record]:
     return [{"passage": p, "answer": answer, "choices": list(_OF_KIND)} for p in chosen]
 
 
+def prepare_kind_choice(chapter: Example) -> Sequence[Record]:
+    """The kind among two."""
+    made = []
+    for record in prepare_kind(chapter):
+        passage, answer = str(record["passage"]), str(record["answer"])
+        rng = rng_of("kind_choice", passage)
+        made.append({"passage": passage} | choose(answer, list(_OF_KIND), rng, wrong=1))
+    return made
+
+
 def prepare_book(chapter: Example) -> Sequence[Record]:
     return [{"passage": p, "answer": chapter["book"]} for p in some(chapter, "book")]
 
@@ -107,10 +117,12 @@ def prepare_missing_choice(chapter: Example) -> Sequence[Record]:
     return made
 
 
-def choose(answer: str, others: Sequence[str], rng: random.Random) -> dict[str, Any]:
-    """The answer among two others, in random order."""
-    wrong = rng.sample([other for other in others if other != answer], 2)
-    choices = rng.sample([answer, *wrong], 3)
+def choose(
+    answer: str, others: Sequence[str], rng: random.Random, *, wrong: int = 2
+) -> dict[str, Any]:
+    """The answer among `wrong` others, in random order."""
+    found = rng.sample([other for other in others if other != answer], wrong)
+    choices = rng.sample([answer, *found], wrong + 1)
     return {"answer": answer, "choices": choices, "label": choices.index(answer)}
 
 
@@ -153,17 +165,6 @@ def prepare_restore(chapter: Example) -> Sequence[Record]:
     return made
 
 
-def prepare_repeat(chapter: Example) -> Sequence[Record]:
-    """Five to nine words of a passage, to be said again: how a small model learns to copy."""
-    made = []
-    for passage in some(chapter, "repeat"):
-        rng = rng_of("repeat", passage)
-        words, size = words_of(passage), rng.randint(5, 9)
-        start = rng.randint(0, max(0, len(words) - size))
-        made.append({"answer": " ".join(words[start : start + size])})
-    return made
-
-
 def prepare_order(chapter: Example) -> Sequence[Record]:
     """Three clauses that follow each other; the answer is the order of their letters."""
     made = []
@@ -203,6 +204,15 @@ COLLECTIONS = {
         "Say the kind of book, one of {choices:commas}: {passage}",
         metric=metrics.accuracy,
     ),
+    "kind_choice": collection(
+        prepare_kind_choice,
+        "Which is it, {choices:or}? {passage}",
+        "{passage} Choose: {choices:or}.",
+        "Say {choices:or}: {passage}",
+        "Is it of {choices:or} that this is written? {passage}",
+        "{passage} Of the two, {choices:or}, which is it?",
+        metric=metrics.accuracy,
+    ),
     "book": collection(
         prepare_book,
         "In which book is this written? {passage}",
@@ -238,14 +248,6 @@ COLLECTIONS = {
         "Make a sentence of these words: {shuffled:commas}",
         "What is said here, in the right order? {shuffled:words}",
         inverse=("Set these words in another order: {answer}", "{shuffled:words}"),
-    ),
-    "repeat": collection(
-        prepare_repeat,
-        "Say again: {answer}",
-        "{answer} Say it once more.",
-        "repeat: {answer}",
-        "Which words are these? {answer}",
-        "Repeat the words that follow. {answer}",
     ),
     "order": collection(
         prepare_order,
