@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from t5x_like.config import gin_config
+from t5x_like.config import gin_config, statements
 from t5x_like.config.gin_config import GinConfig
 from t5x_like.config.statements import Statements
 from t5x_like.errors import UserError
@@ -21,7 +21,9 @@ def parse(
     bindings: Sequence[str] = (),
     search_paths: Sequence[str] = (),
 ) -> GinConfig:
-    """Reads `run_file`, then `gin_files` or what `model_dir` holds, then the bindings.
+    """Reads `run_file`, then the file of `model_dir`, then `gin_files`, then the bindings.
+
+    The file of `model_dir` is left out where `gin_files` say which model it is (macro MODEL).
 
     config.gin gives every value with the scope that it was used in, so that a binding without a
     scope would change nothing; here it holds in every scope.
@@ -30,10 +32,11 @@ def parse(
       UserError: no directory, nothing in it that says which model it is of, or what
         `gin_config.parse` says.
     """
-    files = [run_file, *(gin_files or [_model_file(model_dir)])]
+    told = "MODEL" in statements.read(gin_files, (), search_paths=search_paths).macros()
+    files = [run_file, *([] if told else [_model_file(model_dir)]), *gin_files]
     config = gin_config.parse(files, bindings, search_paths=search_paths)
     scoped = list(_in_every_scope(config.statements, bindings))
-    if gin_files or not scoped:
+    if told or not scoped:
         return config
     return gin_config.parse(files, [*bindings, *scoped], search_paths=search_paths)
 
@@ -52,13 +55,13 @@ def _model_file(model_dir: str | None) -> str:
     )
 
 
-def _in_every_scope(statements: Statements, bindings: Sequence[str]) -> Iterator[str]:
+def _in_every_scope(found: Statements, bindings: Sequence[str]) -> Iterator[str]:
     """`Class.parameter=value` -> `scope/Class.parameter=value` for each scope that binds it."""
     for binding in bindings:
         name, _, value = binding.partition("=")
         selector, _, parameter = name.strip().rpartition(".")
         if selector and "/" not in selector:
-            for other in statements.bindings:
+            for other in found.bindings:
                 same = f".{other.selector}".endswith(f".{selector}")
                 if other.scope and same and other.parameter == parameter:
                     yield f"{other.scope}/{other.selector}.{parameter}={value}"

@@ -110,10 +110,10 @@ class Preprocessor(ABC):
 
 def from_dict(step: Mapping[str, Any]) -> Preprocessor:
     """Inverse of `Preprocessor.to_dict`."""
-    from t5x_like.data import chat, encoder_steps, templates  # which import this module
+    from t5x_like.data import chat, choices, encoder_steps, templates  # which import this module
 
     ours = (SpanCorruption, IIDDenoising, PrefixLM, FullLM, AppendEos)
-    steps = (*ours, *encoder_steps.STEPS, *templates.STEPS, *chat.STEPS)
+    steps = (*ours, *encoder_steps.STEPS, *templates.STEPS, *choices.STEPS, *chat.STEPS)
     known: dict[str, type[Preprocessor]] = {cls.__name__: cls for cls in steps}
     if step["op"] not in known:
         raise UserError(

@@ -10,6 +10,7 @@ import inspect
 import os
 import re
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,14 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from t5x_like.data import cache_format, cache_writer, denoisers, sources, task_modules
+from t5x_like.data import (
+    cache_format,
+    cache_writer,
+    denoisers,
+    seqio_host,
+    sources,
+    task_modules,
+)
 from t5x_like.data.cache_format import CachedFeature, ShardStats, TaskManifest
 from t5x_like.data.seqio_preprocessors import output_features
 from t5x_like.data.seqio_sources import DocumentSource
@@ -25,6 +33,7 @@ from t5x_like.data.seqio_vocabularies import spec_of
 from t5x_like.data.templates import RECORD
 from t5x_like.errors import UserError, did_you_mean
 
+seqio_host.hide_accelerators()
 MAX_SHARDS = 1024
 _PRECACHE_SEED = 0
 
@@ -191,28 +200,52 @@ def _source_identity(source: seqio.DataSource, split: str) -> Any:
     return {**identity, "shards": names, "function": _describe(function)}
 
 
-def _describe(value: Any) -> Any:
-    """JSON-able form of a preprocessor: its name, its source and its arguments."""
+def _describe(value: Any, *, within: tuple[Any, ...] = ()) -> Any:
+    """JSON-able form of a preprocessor: its name, its source, its arguments and all that it
+    captured. `within` holds the callables that `value` is a part of."""
+    describe = functools.partial(_describe, within=within)
     if isinstance(value, functools.partial):
         arguments = {str(i): argument for i, argument in enumerate(value.args)} | value.keywords
-        return {
-            "function": _describe(value.func),
-            "arguments": {k: _describe(v) for k, v in arguments.items()},
-        }
+        return {"function": describe(value.func), "arguments": describe(arguments)}
     if isinstance(value, denoisers.Preprocessor):
         return value.to_dict()
     if isinstance(value, seqio.Vocabulary):
         return _vocabulary_identity(value)
     if isinstance(value, seqio.Feature):
-        return {"add_eos": value.add_eos, "vocabulary": _describe(value.vocabulary)}
+        return {"add_eos": value.add_eos, "vocabulary": describe(value.vocabulary)}
     if isinstance(value, Mapping):
-        return {str(k): _describe(v) for k, v in value.items()}
+        return {str(k): describe(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_describe(v) for v in (sorted(value) if isinstance(value, set) else value)]
+        # Sorted: the order of a set differs from run to run.
+        unordered = isinstance(value, set | frozenset)
+        return [describe(v) for v in (sorted(value, key=repr) if unordered else value)]
     if callable(value):
-        return {"name": _name_of(value), "sha256": _source_sha256(value)}
+        identity = {"name": _name_of(value), "sha256": _source_sha256(value)}
+        if any(value is outer for outer in within) or not (state := _captured(value)):
+            return identity
+        return identity | {"captured": _describe(state, within=(*within, value))}
+    if type(value).__repr__ is object.__repr__ and hasattr(value, "__dict__"):
+        if any(value is outer for outer in within):
+            return _name_of(value)
+        return {"class": _name_of(value), **_describe(vars(value), within=(*within, value))}
     # An address in memory differs from run to run.
     return value if isinstance(value, str | int | float | None) else _without_address(repr(value))
+
+
+def _captured(function: Any) -> dict[str, Any]:
+    """What a callable remembers besides its source: two closures of one `def` differ in nothing
+    else, and two lambdas of one line in their bytecode alone."""
+    if inspect.ismethod(function):
+        return {"self": function.__self__, "function": function.__func__}
+    if isinstance(function, types.FunctionType):
+        captured = dict(inspect.getclosurevars(function).nonlocals)
+        captured |= {"*": function.__defaults__, "**": function.__kwdefaults__}
+        if function.__name__ == "<lambda>":
+            code = function.__code__
+            constants = [c for c in code.co_consts if not isinstance(c, types.CodeType)]
+            captured["code"] = (code.co_code.hex(), code.co_names, constants)
+        return {name: value for name, value in captured.items() if value is not None}
+    return {} if isinstance(function, type) else dict(getattr(function, "__dict__", {}))
 
 
 def _name_of(function: Any) -> str:

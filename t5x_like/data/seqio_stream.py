@@ -21,6 +21,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from t5x_like.data import seqio_host
 from t5x_like.data.batch_iterator import BatchIterator, Shard
 from t5x_like.data.converters import FeatureConverter
 from t5x_like.data.packing import Block, Piece
@@ -31,6 +32,7 @@ from t5x_like.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from t5x_like.data.dataset import DatasetConfig
 
+seqio_host.hide_accelerators()
 _MOST_SHARDS = 8
 _BLOCK = 64
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import seqio
 import tensorflow as tf
 
-from t5x_like.data import seqio_cache
+from t5x_like.data import seqio_cache, seqio_host
 from t5x_like.data.seqio_preprocessors import output_features
 from t5x_like.data.task_examples import Fields, TaskExamples, TaskFunctions
 from t5x_like.errors import UserError, did_you_mean
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from t5x_like.data.dataset import DatasetConfig
 
 log = logging.getLogger(__name__)
-# TensorFlow would take the accelerator's memory, which the model needs.
-tf.config.set_visible_devices([], "GPU")
+seqio_host.hide_accelerators()
 
 
 def open_tasks(config: DatasetConfig, name: str) -> list[TaskExamples]:

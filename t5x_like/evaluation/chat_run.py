@@ -31,6 +31,8 @@ def chat(run: InferRun, *, stream: IO[str] | None = None) -> int:
     session = _Session(run, served)
     console.print(f"{run.checkpoint}, step {step_of(run.checkpoint)}. /quit ends.", markup=False)
     interactive = stream is None and sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401  `input` then has a history, and arrow keys.
     while True:
         try:
             line = input(PROMPT) if interactive else next(iter(stream or sys.stdin))

@@ -19,6 +19,7 @@ from t5x_like.evaluation.inference_eval import (
     Subject,
     task_subjects,
 )
+from t5x_like.evaluation.requests import Request
 from t5x_like.evaluation.serving import ModelRun, Served, is_leader, step_of
 from t5x_like.parallel import multihost
 from t5x_like.training.metrics import read_scalars
@@ -142,6 +143,7 @@ def _file_subject(run: EvalRun, served: Served, tally: requests.Tally) -> Subjec
                     wants_targets=True,
                 )
             )
+        found = [_fitting(request, kinds, run, served) for request in found]
         tally.see(found)
         if tally.refused == len(found):
             first = f" The first: {tally.first_error}" if found else ""
@@ -150,13 +152,29 @@ def _file_subject(run: EvalRun, served: Served, tally: requests.Tally) -> Subjec
 
     if not file.is_file():
         raise UserError(f"There is no file '{file}' (INPUT_FILE).")
-    names = run.evaluation.metrics or ()
+    functions = [metrics.named(name) for name in run.evaluation.metrics or ()]
+    kinds = {metrics.parameters(function)[1] for function in functions}
+    if "predictions" in kinds:
+        served.predictor.check_room(run.evaluation.decoding)
     return Subject(
         name=file.stem,
         read=read,
-        functions=TaskFunctions(metric_fns=[metrics.named(name) for name in names]),
+        functions=TaskFunctions(metric_fns=functions),
         decode=codec.decode,
         eos_ids=codec.eos_ids,
+    )
+
+
+def _fitting(request: Request, kinds: set[str], run: EvalRun, served: Served) -> Request:
+    """The request, refused if the model has too few positions for it."""
+    written = run.evaluation.decoding.max_new_tokens if "predictions" in kinds else 0
+    scored = len(request.targets) if "scores" in kinds else 0
+    return requests.fitted(
+        request,
+        limit=served.predictor.room(max(written, scored)),
+        truncate="refuse",
+        eos_ids=served.codec.eos_ids,
+        keep_first=not served.predictor.has_encoder,
     )
 
 

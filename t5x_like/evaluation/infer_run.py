@@ -107,6 +107,8 @@ def execute(run: InferRun) -> int:
     if run.input_file and run.input_file != STANDARD and not _path(run.input_file).is_file():
         raise UserError(f"There is no file '{run.input_file}' (INPUT_FILE).")
     served = Served(run, source=run.source, batch_size=run.batch_size)
+    if run.mode != "score":
+        served.predictor.check_room(run.decoding)
     inputs = list(_inputs(run, served))
     params = served.load(run.checkpoint)
     tally = Tally()
@@ -221,23 +223,24 @@ class _Worker:
 
     def _mine(self, entries: Iterable[Request]) -> Iterator[tuple[int, Request]]:
         """This shard's entries, numbered as in the whole input, cut to the allowed length."""
-        run, predictor = self._run, self._served.predictor
-        limit = run.max_input_length
-        if predictor.max_length is not None:
-            new = 0 if predictor.has_encoder else run.decoding.max_new_tokens
-            limit = min(limit or predictor.max_length, predictor.max_length - new)
+        run, has_encoder = self._run, self._served.predictor.has_encoder
         for index, request in enumerate(entries):
             if index % run.num_shards == run.shard_id:
-                yield (
-                    index,
-                    requests.fitted(
-                        request,
-                        limit=limit,
-                        truncate=run.truncate,
-                        eos_ids=self._codec.eos_ids,
-                        keep_first=not predictor.has_encoder,
-                    ),
+                fitted = requests.fitted(
+                    request,
+                    limit=self._limit(request),
+                    truncate=run.truncate,
+                    eos_ids=self._codec.eos_ids,
+                    keep_first=not has_encoder,
                 )
+                yield index, fitted
+
+    def _limit(self, request: Request) -> int | None:
+        """Most tokens that the prompt may have; None for no limit."""
+        run = self._run
+        new = len(request.targets) if run.mode == "score" else run.decoding.max_new_tokens
+        limits = (run.max_input_length, self._served.predictor.room(new))
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def _answer(self, chunk: Sequence[tuple[int, Request]]) -> list[str]:
         """The line of every entry of a chunk."""

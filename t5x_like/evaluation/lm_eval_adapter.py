@@ -5,6 +5,8 @@
 
     simple_evaluate(model=HarnessModel.load("/data/run1"), tasks=["hellaswag"])
 
+It comes with the extra `harness`.
+
 A model with an encoder reads the context there and is asked for the continuation; a decoder alone
 reads both as one text.
 """
@@ -15,9 +17,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
-
 from t5x_like.config import model_files
 from t5x_like.decoding.beam_search import BeamSearch
 from t5x_like.decoding.sampling import Sampling
@@ -26,6 +25,14 @@ from t5x_like.evaluation.codecs import Codec
 from t5x_like.evaluation.infer_run import InferRun
 from t5x_like.evaluation.predictor import Decoding, Predictor, Prompt
 from t5x_like.evaluation.serving import Served
+
+try:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+except ModuleNotFoundError as missing:
+    raise UserError(
+        f"The harness is not installed ({missing}): pip install 't5x_like[harness]'."
+    ) from missing
 
 # Most tokens of a text that is scored in one piece where the model names no limit itself.
 _WINDOW = 1024

@@ -172,6 +172,25 @@ class Predictor:
                 )
         return [results[place] for place in range(len(prompts))]
 
+    def room(self, following: int) -> int | None:
+        """Tokens that a prompt may have if `following` come after it; None for no limit.
+
+        Below 1 if these alone are too many.
+        """
+        if self.max_length is None:
+            return None
+        left = self.max_length - following
+        return left if not self.has_encoder or left < 0 else self.max_length
+
+    def check_room(self, decoding: Decoding) -> None:
+        """Raises a UserError if what is to be written leaves no position for any prompt."""
+        room = self.room(decoding.max_new_tokens)
+        if room is not None and room < 1:
+            raise UserError(
+                f"MAX_NEW_TOKENS = {decoding.max_new_tokens} leaves no room for a prompt among the "
+                f"{self.max_length} positions of the model: lower it."
+            )
+
     # ---- Batches.
 
     def _batches(

@@ -90,6 +90,7 @@ class Request:
       targets: ids to score, if there are any.
       target_text: the targets as text, if there are any.
       error: why it is refused, with its place; None if it is not.
+      place: file and line, if it has them.
     """
 
     shown: Any
@@ -97,6 +98,7 @@ class Request:
     targets: Sequence[int] = ()
     target_text: str | None = None
     error: str | None = None
+    place: str = ""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -206,14 +208,15 @@ def of_lines(
       wants_inputs, wants_targets: refuse objects without "inputs", without "targets".
     """
     for number, raw in enumerate(lines, 1):
-        line = raw.rstrip(b"\r\n")
+        line, place = raw.rstrip(b"\r\n"), f"{name}:{number}"
         try:
             shown = _parse(line, is_json=is_json)
             wanted = {"inputs": wants_inputs, "targets": wants_targets}
-            yield _of_object(shown, codec=codec, wanted=wanted)
+            request = _of_object(shown, codec=codec, wanted=wanted)
+            yield dataclasses.replace(request, place=place)
         except UserError as error:
             shown = {"inputs_pretokenized": line.decode("utf-8", "replace")}
-            yield Request(shown=shown, error=f"{name}:{number}: {error}")
+            yield Request(shown=shown, error=f"{place}: {error}")
 
 
 def _parse(line: bytes, *, is_json: bool) -> dict[str, Any]:
@@ -275,12 +278,15 @@ def fitted(
     size = len(request.inputs)
     if request.error or limit is None or size <= limit:
         return request
-    if truncate == "refuse":
-        return dataclasses.replace(
-            request,
-            error=f"The prompt has {size} tokens, and {limit} are allowed: shorten it, or set "
-            "TRUNCATE = 'start' or 'end'.",
+    if limit < 1 or truncate == "refuse":
+        place = f"{request.place}: " if request.place else ""
+        reason = (
+            "what is to follow the prompt is more than the model has positions for."
+            if limit < 1
+            else f"the prompt has {size} tokens, and {limit} are allowed: shorten it, or, for "
+            "`infer`, set TRUNCATE = 'start' or 'end'."
         )
+        return dataclasses.replace(request, error=f"{place}{reason}")
     ids = list(request.inputs)
     if truncate == "end":
         last = ids[-1:] if ids[-1] in eos_ids else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -76,6 +76,9 @@ def place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> np.ndarr
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
+_LISTED = 8  # differences of a kind
+
+
 class HasShape(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -84,23 +87,40 @@ class HasShape(Protocol):
 def check_match(
     found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, HasShape], *, what: str = ""
 ) -> None:
-    """Raises a UserError that lists every name or shape in which checkpoint and model differ."""
-    problems = list(_differences(found, wanted))
+    """Raises a UserError that lists names and shapes in which checkpoint and model differ."""
+    kinds = map(list, _differences(found, wanted))
+    problems = [line for kind in kinds for line in _shortened(kind)]
     if problems:
         where = f" '{what}'" if what else ""
         raise UserError(f"The checkpoint{where} is of another model: {'; '.join(problems)}.")
 
 
+def _shortened(lines: list[str]) -> list[str]:
+    """Another optimizer has hundreds of other names."""
+    rest = len(lines) - _LISTED
+    return lines if rest <= 0 else [*lines[:_LISTED], f"and {rest} more like that"]
+
+
 def _differences(
     found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, HasShape]
-) -> Iterator[str]:
+) -> Iterator[Iterator[str]]:
+    """Names that are missing, names too many, and shapes."""
     missing, extra = wanted.keys() - found.keys(), found.keys() - wanted.keys()
-    for name in sorted(missing):
-        near = did_you_mean(name, extra, limit=1).replace(" Did you mean", ", nearest there:")
-        yield f"missing {name} {wanted[name].shape}{near.rstrip('?')}"
-    for name in sorted(extra):
-        near = did_you_mean(name, missing, limit=1).replace(" Did you mean", ", nearest here:")
-        yield f"not in the model {name} {found[name]}{near.rstrip('?')}"
-    for name in sorted(wanted.keys() & found.keys()):
-        if tuple(found[name]) != tuple(wanted[name].shape):
-            yield f"{name} is {found[name]} there, {wanted[name].shape} in the model"
+
+    def near(name: str, others: Set[str], where: str) -> str:
+        question = did_you_mean(name, others, limit=1)
+        return question.replace(" Did you mean", f", nearest {where}:").rstrip("?")
+
+    yield (
+        f"missing {name} {wanted[name].shape}{near(name, extra, 'there')}"
+        for name in sorted(missing)
+    )
+    yield (
+        f"not in the model {name} {found[name]}{near(name, missing, 'here')}"
+        for name in sorted(extra)
+    )
+    yield (
+        f"{name} is {found[name]} there, {wanted[name].shape} in the model"
+        for name in sorted(wanted.keys() & found.keys())
+        if tuple(found[name]) != tuple(wanted[name].shape)
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from t5x_like.data.batch_iterator import BatchIterator
 from t5x_like.data.dataset import DatasetConfig
@@ -236,7 +236,9 @@ class _Session:
         step = 0
         if initial is not None:
             step, params = initial
-            step_array = jax.device_put(jnp.int32(step), shardings.step)
+            # Not by device_put, whose result in a job of several processes cannot be saved.
+            number = np.int32(step)
+            step_array = jax.make_array_from_callback((), shardings.step, lambda _: number)
             merged = merge_trees(state.params, params)
             state = dataclasses.replace(state, step=step_array, params=merged)
         self.metadata = run_metadata(

@@ -150,7 +150,7 @@ def add_tasks(
             task,
             source=source,
             preprocessors=[
-                *_to_cache(collection.prepare),
+                *to_cache(collection.prepare),
                 step.__call__,
                 AppendEos().__call__,
             ],
@@ -192,14 +192,15 @@ def add_chat_tasks(
         seqio.TaskRegistry.add(
             task,
             source=source,
-            preprocessors=[*_to_cache(prepare), step.__call__],
+            preprocessors=[*to_cache(prepare), step.__call__],
             output_features={feature: tokens for feature in features},
             metric_fns=[],
         )
     return list(steps)
 
 
-def _to_cache(prepare: Prepare) -> Sequence[Any]:
+def to_cache(prepare: Prepare) -> Sequence[Any]:
+    """The preprocessors up to the cache point: examples to records."""
     to_records = functools.partial(as_records, prepare=prepare, code=code_digest(prepare))
     return (to_records, seqio.CacheDatasetPlaceholder())
 

@@ -290,7 +290,7 @@ def test_model_dir_of_another_run(
 
 
 def test_initial_checkpoint_of_another_model(refused_train: Refused, trained: Path) -> None:
-    says = [str(trained), "encoder/layers", "(1, 32", "(4, 256"]
+    says = [str(trained), "decoder/layers/mlp/wo", "(1, 512", "(4, 512"]
     refused_train(f"--gin.INITIAL_CHECKPOINT_PATH={trained}", says=says)
 
 

@@ -103,3 +103,15 @@ def test_greedy(oracle: Oracle, checkpoint, name, decoding):
     np.testing.assert_array_equal(generated.tokens[:, 0], tokens)
     np.testing.assert_allclose(generated.scores[:, 0], scores, rtol=1e-5)
     np.testing.assert_array_equal(generated.lengths[:, 0], _lengths(tokens, eos))
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_greedy_with_rescaled_probabilities(oracle: Oracle, checkpoint):
+    """T5X's default scales the kept probability to 1: same tokens, score 0; ours are raw."""
+    tokens, scores = oracle.expected(checkpoint, "greedy_topk1_rescaled")
+    decoding = Sampling(max_new_tokens=LENGTH, temperature=1.0, top_k=1)
+    generated = oracle.generate(checkpoint, decoding, EOS)
+    np.testing.assert_array_equal(generated.tokens[:, 0], tokens)
+    assert not scores.any()
+    raw = oracle.expected(checkpoint, "greedy_topk1")[1]
+    np.testing.assert_allclose(generated.scores[:, 0], raw, rtol=1e-5)

@@ -39,6 +39,9 @@ def make(data: Path) -> None:
     write_tokenizer(data / "tokenizer.json")
     write_tfrecord(data / "a.tfrecord", DOCUMENTS)
     write_instructions(data)
+    write(data / "prompts.txt", b"In the beginning\nWhat is 1+1?\n")
+    asked = [{"inputs": f"What is {i}+1?", "targets": str(i + 1)} for i in range(4)]
+    write(data / "questions.jsonl", "".join(json.dumps(a) + "\n" for a in asked).encode())
 
 
 def write_instructions(data: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,7 +22,7 @@ import gin
 import pytest
 
 from t5x_like.cli.main import main
-from t5x_like.data import cache_format
+from t5x_like.data import cache_format, cache_job
 from tests.cache.conftest import remove
 from tests.cache.test_job import write_tfds
 from tests.docs import fixtures
@@ -45,6 +47,9 @@ ENCODER_DECODER = [
     "--gin.encoder_decoder.EncoderDecoderConfig.num_encoder_layers=1",
     "--gin.encoder_decoder.EncoderDecoderConfig.num_decoder_layers=1",
 ]
+FINETUNE = ["--gin.TRAIN_STEPS_RELATIVE=2", "--gin.EVALUATOR_NUM_EXAMPLES=4"]
+# Prompts of the documentation are few; of Tasks, so many are asked.
+ASKED = ["--gin.BATCH_SIZE=64", "--gin.MAX_NEW_TOKENS=3"]
 # DESIGN, section 6: what a training run of a dense model writes.
 SCALARS = {
     *("loss", "cross_ent_loss", "z_loss", "accuracy", "learning_rate", "grad_norm", "param_norm"),
@@ -65,8 +70,20 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         sys.modules["seqio"].set_tfds_data_dir_override(None)
 
 
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, kjv_cache: Path) -> Path:
+    """What stands for a MODEL_DIR that the documentation asks or tunes."""
+    model_dir = tmp_path_factory.mktemp("tiny") / "run1"
+    recipe = "--gin_file=gin/recipes/t5_tiny_cpu.gin"
+    train([recipe, f"--gin.MODEL_DIR={model_dir}"], kjv_cache, evaluates=False)
+    gin.clear_config()
+    return model_dir
+
+
 @pytest.mark.parametrize("document", [path.relative_to(ROOT).as_posix() for path in DOCUMENTS])
-def test_commands(document: str, root: Path, kjv_cache: Path) -> None:
+def test_commands(
+    document: str, root: Path, kjv_cache: Path, request: pytest.FixtureRequest
+) -> None:
     text = (ROOT / document).read_text()
     wanted = commands(text)
     if any("/data/" in word for command in wanted for word in command):
@@ -79,7 +96,11 @@ def test_commands(document: str, root: Path, kjv_cache: Path) -> None:
     watched = any(command[0] == "tensorboard" for command in wanted)
     for words in wanted:
         print("$", " ".join(words))  # shown when it fails
-        execute([placed(word, root) for word in words], kjv_cache, evaluates=watched)
+        command = [placed(word, root) for word in words]
+        if asks(command):
+            with_model(command, lambda: request.getfixturevalue("tiny_run"), kjv_cache)
+        else:
+            execute(command, kjv_cache, evaluates=watched)
 
 
 def execute(command: list[str], kjv_cache: Path, *, evaluates: bool) -> None:
@@ -101,8 +122,48 @@ def train(flags: list[str], kjv_cache: Path, *, evaluates: bool) -> None:
     if not evaluates:
         reduced.append("--gin.run.TrainRun.eval_datasets={}")
     assert main(["train", *flags, *reduced]) == 0
-    lines = (Path(value_of("--gin.MODEL_DIR", flags)) / "train/metrics.jsonl").read_text()
-    assert [json.loads(line)["step"] for line in lines.splitlines()] == [1, 2]
+    assert steps(Path(value_of("--gin.MODEL_DIR", flags)) / "train/metrics.jsonl") == [1, 2]
+
+
+def asks(command: list[str]) -> bool:
+    """Whether a command needs a model that was trained before."""
+    verb = command[command.index("t5x_like") + 1] if "t5x_like" in command else ""
+    return verb in ("eval", "infer", "chat") or "--gin_file=gin/runs/finetune.gin" in command
+
+
+def with_model(command: list[str], tiny_run: Callable[[], Path], kjv_cache: Path) -> None:
+    """Runs eval, infer, chat or fine-tuning on a small model, copied if it is not there."""
+    start = command.index("t5x_like")
+    verb, *flags = command[start + 1 :]
+    model_dir = Path(value_of("--gin.INITIAL_CHECKPOINT_PATH", flags) or flags[0])
+    if not model_dir.exists():
+        shutil.copytree(tiny_run(), model_dir)
+    if not any(flag.startswith("--gin.CACHE_DIR=") for flag in flags):
+        flags.append(f"--gin.CACHE_DIR={kjv_cache}")
+    named = ("--tasks", "--task", "--gin.MIXTURE_OR_TASK_NAME", "--gin.INFERENCE_EVAL_TASKS")
+    modules = (value_of(flag, flags) for flag in ("--module", "--gin.MIXTURE_OR_TASK_MODULE"))
+    module = next(filter(None, modules), None)  # else it is in config.gin, and imported already
+    for task in filter(None, (value_of(name, flags) for name in named)):
+        # In this process: one of its own would take its time to start.
+        jobs, place = cache_job.local(1), value_of("--gin.CACHE_DIR", flags)
+        cache_job.cache(task, module=module, cache_dir=place, run_jobs=jobs)
+    if verb == "train":
+        reduced = [*REDUCED[1:], *ENCODER_DECODER, *FINETUNE, ASKED[1]]
+        assert main(["train", *flags, *reduced]) == 0
+        assert steps(Path(value_of("--gin.MODEL_DIR", flags)) / "train/metrics.jsonl") == [3, 4]
+        return
+    limit = [FINETUNE[1]] if verb == "eval" else []
+    text = f"{command[1]}\n" if start else "In the beginning\n/quit\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        assert main([verb, *flags, *ASKED, *limit]) == 0
+    directory = {"eval": "inference_eval", "infer": "inference"}.get(verb, ".")
+    if "--input=-" not in flags and not value_of("--output", flags):
+        assert any(path.stat().st_size for path in (model_dir / directory).rglob("*.jsonl*"))
+
+
+def steps(file: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()]
 
 
 def cache(flags: list[str]) -> None:

@@ -27,11 +27,24 @@ FACTORS = ("NUM_REAL_TARGET_TOKENS", "NUM_TOTAL_TARGET_TOKENS", "AVERAGE_PER_SEQ
 def model() -> tuple[ModelDef, Any]:
     """A model whose biases and norms are not at their start, and its parameters."""
     model_def = ModelDef(tiny_bert())
-    params = model_def.init(jax.random.key(0))
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    return model_def, jax.tree.map(
-        lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), params
-    )
+
+    @jax.jit
+    def draw() -> Any:
+        params = model_def.init(jax.random.key(0))
+        keys = iter(jax.random.split(jax.random.key(1), 100))
+        return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), params)
+
+    return model_def, draw()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss_of(objective: Any, module: Any, batch: Any) -> Any:
+    return objective.loss(module, batch)
+
+
+@jax.jit
+def heads(module: Any, batch: Any) -> Any:
+    return module.heads(batch)
 
 
 def log_probabilities(logits: Any) -> np.ndarray:
@@ -42,7 +55,7 @@ def test_loss_is_the_token_loss_plus_the_sentence_loss_of_every_token():
     model_def, params = model()
     batch = random_batch()
     module = model_def.bind(params)
-    tokens, classes = module.heads(batch)
+    tokens, classes = heads(module, batch)
     of_token = -np.take_along_axis(
         log_probabilities(tokens), batch["encoder_target_tokens"][..., None], -1
     )[..., 0]
@@ -53,7 +66,7 @@ def test_loss_is_the_token_loss_plus_the_sentence_loss_of_every_token():
     for row, place in np.argwhere(batch["encoder_loss_weights"] > 0):
         segment = batch["encoder_segment_ids"][row, batch["encoder_target_positions"][row, place]]
         expected += of_token[row, place] + of_pair[row, segment - 1]
-    total, metrics = MaskedLm(z_loss=0.0).loss(module, batch)
+    total, metrics = loss_of(MaskedLm(z_loss=0.0), module, batch)
     np.testing.assert_allclose(total, expected, rtol=1e-5)
     count = batch["encoder_loss_weights"].sum()
     assert metrics["loss"][1] == count
@@ -80,9 +93,11 @@ def test_average_per_sequence_is_the_sum_of_two_plain_means():
     batch["encoder_loss_weights"][:] = 1.0
     module = model_def.bind(params)
     objective = MaskedLm(z_loss=0.0, loss_normalizing_factor="AVERAGE_PER_SEQUENCE")
-    total, metrics = objective.loss(module, batch)
+    total, metrics = loss_of(objective, module, batch)
     tokens = -np.take_along_axis(
-        log_probabilities(module(batch)), batch["encoder_target_tokens"][..., None], -1
+        log_probabilities(heads(module, batch).tokens),
+        batch["encoder_target_tokens"][..., None],
+        -1,
     )
     pair, pairs = metrics["next_sentence/loss"]
     np.testing.assert_allclose(objective.normalizer(batch), pairs)
@@ -94,7 +109,7 @@ def test_without_labels_there_is_no_sentence_loss():
     batch = random_batch()
     alone = {k: v for k, v in batch.items() if not k.startswith("class_")}
     module = model_def.bind(params)
-    total, metrics = MaskedLm(z_loss=0.0).loss(module, alone)
+    total, metrics = loss_of(MaskedLm(z_loss=0.0), module, alone)
     assert not any(name.startswith("next_sentence") for name in metrics)
     np.testing.assert_allclose(total, metrics["cross_ent_loss"][0], rtol=1e-6)
 
@@ -114,7 +129,7 @@ def test_targets_without_positions_are_those_of_all_places():
     for factor in FACTORS[::2]:
         objective = MaskedLm(loss_normalizing_factor=factor)
         np.testing.assert_allclose(
-            objective.loss(module, batch)[0], objective.loss(module, whole)[0], rtol=1e-5
+            loss_of(objective, module, batch)[0], loss_of(objective, module, whole)[0], rtol=1e-5
         )
 
 
@@ -183,15 +198,15 @@ def test_classification_counts_sequences():
     batch = random_batch()
     module = model_def.bind(params)
     objective = Classification(z_loss=0.0)
-    total, metrics = objective.loss(module, batch)
-    log_p = log_probabilities(module.heads(batch).classes)
+    total, metrics = loss_of(objective, module, batch)
+    log_p = log_probabilities(heads(module, batch).classes)
     real = batch["class_loss_weights"]
     at_label = np.take_along_axis(log_p, batch["class_labels"][..., None], -1)[..., 0]
     np.testing.assert_allclose(total, -(at_label * real).sum(), rtol=1e-5)
     assert metrics["accuracy"][1] == real.sum() == objective.normalizer(batch) == 16
     np.testing.assert_allclose(objective.score(module, batch), (at_label * real).sum(1), rtol=1e-4)
     average = Classification(z_loss=0.0, loss_normalizing_factor="AVERAGE_PER_SEQUENCE")
-    np.testing.assert_allclose(average.loss(module, batch)[0], total, rtol=1e-6)
+    np.testing.assert_allclose(loss_of(average, module, batch)[0], total, rtol=1e-6)
 
 
 def test_score_of_masked_tokens():
@@ -199,7 +214,9 @@ def test_score_of_masked_tokens():
     batch = random_batch()
     module = model_def.bind(params)
     at_target = np.take_along_axis(
-        log_probabilities(module(batch)), batch["encoder_target_tokens"][..., None], -1
+        log_probabilities(heads(module, batch).tokens),
+        batch["encoder_target_tokens"][..., None],
+        -1,
     )[..., 0]
     expected = (at_target * batch["encoder_loss_weights"]).sum(1)
     np.testing.assert_allclose(MaskedLm().score(module, batch), expected, rtol=1e-4, atol=1e-5)

@@ -14,6 +14,7 @@ import pytest
 
 from t5x_like.cli.main import main
 from t5x_like.evaluation import infer_run
+from tests.conftest import QUICK_COMPILE
 from tests.evaluation.conftest import MODULES, ROOT, TASKS
 
 WORDS = ["ox", "a dove", "the lion is here", "fish", "bee and hen", "ant"]
@@ -218,7 +219,7 @@ def test_two_processes_give_the_file_of_one(infer, text, tmp_path, pretrained, t
     ]
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{MODULES}",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": QUICK_COMPILE,
     }
     running = [
         subprocess.Popen(

@@ -16,6 +16,7 @@ import pytest
 
 from t5x_like.errors import UserError
 from t5x_like.interop.initial import initial_step, load_initial_params
+from t5x_like.interop.matching import check_match
 from t5x_like.interop.t5x_legacy import load_t5x_checkpoint, to_stacked
 from tests.interop.tree_info import Info, stacked_info
 
@@ -105,6 +106,14 @@ def test_another_model(model_dir: Path) -> None:
         f"The checkpoint '{model_dir}/checkpoints/10' is of another model: missing c (3,); not in "
         "the model b (3,); a/kernel is (8, 4) there, (8, 5) in the model."
     )
+
+
+def test_a_long_list_of_differences_is_cut() -> None:
+    """Another optimizer differs in hundreds of names: an error of 12 kB is no help."""
+    wanted = {f"opt_state/mu/{i:03}": Info((1,), np.float32, (None,)) for i in range(200)}
+    with pytest.raises(UserError, match="and 192 more like that") as error:
+        check_match({}, wanted)
+    assert "opt_state/mu/000" in str(error.value) and len(str(error.value)) < 500
 
 
 # Orbax's other reads fail a moment after the first, when their event loop is gone.

@@ -13,6 +13,7 @@ import pytest
 
 from t5x_like.errors import UserError
 from t5x_like.parallel import multihost
+from tests.conftest import QUICK_COMPILE
 
 WORKER = """
 import json, sys
@@ -48,7 +49,7 @@ def free_port() -> int:
 
 def run_workers(num_processes: int) -> list[dict]:
     flags = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"{QUICK_COMPILE} --xla_force_host_platform_device_count=4",
         "JAX_PLATFORMS": "cpu",
         "COORDINATOR_ADDRESS": f"localhost:{free_port()}",
         "NUM_PROCESSES": str(num_processes),

@@ -33,9 +33,6 @@ RULES = Rules(
 )
 VOCAB_SIZE = 256
 KEY = np.array([0, 7], np.uint32)
-FAST_COMPILE: dict[str, Any] = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):  # later versions do not have the option
-    FAST_COMPILE["xla_cpu_use_fusion_emitters"] = False
 
 
 def tiny_model(*, num_heads: int = 4, dropout_rate: float = 0.0) -> ModelDef:
@@ -86,8 +83,7 @@ def build_step(
     shardings = state_shardings(model_def, built, mesh, RULES)
     jitted = jit_train_step(step, mesh=mesh, rules=RULES, shardings=shardings)
     lowered = jitted.lower(state_shapes(model_def, built), batch, KEY)
-    # Most of the time of these tests would be spent on optimisation that they do not need.
-    compiled = lowered.compile(compiler_options=FAST_COMPILE)
+    compiled = lowered.compile()
 
     def place(params: Mapping[str, Any], *, step: int = 0) -> TrainState:
         zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state_shapes(model_def, built))

@@ -19,8 +19,6 @@ from t5x_like.training.optimizers.base import OptimizerConfig, ParameterGroup
 from t5x_like.training.optimizers.lion import LionConfig
 from t5x_like.training.optimizers.muon import MuonConfig
 
-from .conftest import FAST_COMPILE
-
 RATE = 0.01
 NUM_LAYERS = 3
 # One layer's parameters: name -> (shape, logical axes).
@@ -85,7 +83,7 @@ def run(config: OptimizerConfig, param_info: Any, params: Any, gradients: list[A
         return optimizer.merge(optax.apply_updates(trained, updates), frozen), state
 
     state = optimizer.init(optimizer.split(params)[0])
-    compiled = jax.jit(update).lower(params, state, gradients[0]).compile(FAST_COMPILE)
+    compiled = jax.jit(update).lower(params, state, gradients[0]).compile()
     for grads in gradients:
         params, state = compiled(params, state, grads)
     return params, state

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import QUICK_COMPILE
 from tests.training.small import SMALL
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +30,8 @@ def launch(model_dir: Path, cache: Path, *, processes: int, steps: int) -> list[
             os.environ,
             PYTHONPATH=str(ROOT),
             JAX_PLATFORMS="cpu",
-            XLA_FLAGS=f"--xla_force_host_platform_device_count={DEVICES // processes}",
+            XLA_FLAGS=f"{QUICK_COMPILE} "
+            f"--xla_force_host_platform_device_count={DEVICES // processes}",
         )
         if processes > 1:
             environment |= {

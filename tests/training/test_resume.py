@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from tests.conftest import QUICK_COMPILE
 from tests.training.small import SMALL
 
 DRIVER = Path(__file__).parent / "driver.py"
@@ -33,7 +34,7 @@ ARGUMENTS = [
 
 
 def start(model_dir: Path, cache: Path, *extra: str, kill_at: int = -1) -> subprocess.Popen:
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT), XLA_FLAGS="")
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS=QUICK_COMPILE)
     return subprocess.Popen(
         [
             sys.executable,

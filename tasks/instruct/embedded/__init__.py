@@ -4,6 +4,9 @@
     embedded_train                                the mixture to train on
     embedded_train_zero_shot                      the same Tasks by answer templates alone, to score
     embedded_held_out                             Tasks that are not in the training mixture
+    embedded_NAME_rank                            those of them with choices, scored by the
+                                                  log-likelihood of each choice
+    embedded_held_out_rank                        all of these
 
 The vocabulary is that of the King James text.
 """
@@ -13,13 +16,14 @@ from pathlib import Path
 import seqio
 
 from tasks.instruct.embedded import passages, rules, words
+from tasks.instruct.rank import Rank, add_rank_task
 from tasks.instruct.register import add_mixture, add_tasks
 from tasks.instruct.sources import CountingSource, RecordSource
 
-HELD_OUT = ("next_choice", "hypernym_choice", "list_first", "larger")
-# Tasks by rule take half the share of those over texts.
-RATES = {name: 1.0 for name in (*passages.COLLECTIONS, *words.COLLECTIONS)} | {
-    name: 0.5 for name in rules.COLLECTIONS
+HELD_OUT = ("kind_choice", "part_choice", "list_first", "next_choice", "hypernym_choice", "larger")
+# Of the sums there are few.
+RATES = dict.fromkeys(passages.COLLECTIONS | words.COLLECTIONS | rules.COLLECTIONS, 1.0) | {
+    "arithmetic": 0.5,
 }
 
 _KJV = Path(__file__).parents[2] / "kjv"
@@ -45,6 +49,25 @@ def source_of(name: str) -> seqio.DataSource:
 COLLECTIONS = passages.COLLECTIONS | words.COLLECTIONS | rules.COLLECTIONS
 for _name, _collection in COLLECTIONS.items():
     add_tasks(f"embedded_{_name}", _collection, source=source_of(_name), vocabulary=_VOCABULARY)
+RANKED = {
+    name: Rank(template=COLLECTIONS[name].templates[0], choices=choices)
+    for name, choices in (
+        ("kind_choice", "choices"),
+        ("part_choice", "choices"),
+        ("next_choice", "choices"),
+        ("hypernym_choice", "choices"),
+        ("larger", "numbers"),
+    )
+}
+for _name, _rank in RANKED.items():
+    add_rank_task(
+        f"embedded_{_name}_rank",
+        _rank,
+        COLLECTIONS[_name],
+        source=source_of(_name),
+        vocabulary=_VOCABULARY,
+    )
+add_mixture("embedded_held_out_rank", {f"embedded_{name}_rank": 1.0 for name in RANKED})
 
 _trained = [name for name in COLLECTIONS if name not in HELD_OUT]
 add_mixture("embedded_train", {f"embedded_{name}": RATES[name] for name in _trained})

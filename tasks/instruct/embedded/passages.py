@@ -80,6 +80,16 @@ def prepare_kind(chapter: Example) -> Sequence[Record]:
     return [{"passage": p, "answer": answer, "choices": list(_OF_KIND)} for p in chosen]
 
 
+def prepare_kind_choice(chapter: Example) -> Sequence[Record]:
+    """The kind among two."""
+    made = []
+    for record in prepare_kind(chapter):
+        passage, answer = str(record["passage"]), str(record["answer"])
+        rng = rng_of("kind_choice", passage)
+        made.append({"passage": passage} | choose(answer, list(_OF_KIND), rng, wrong=1))
+    return made
+
+
 def prepare_book(chapter: Example) -> Sequence[Record]:
     return [{"passage": p, "answer": chapter["book"]} for p in some(chapter, "book")]
 
@@ -107,10 +117,12 @@ def prepare_missing_choice(chapter: Example) -> Sequence[Record]:
     return made
 
 
-def choose(answer: str, others: Sequence[str], rng: random.Random) -> dict[str, Any]:
-    """The answer among two others, in random order."""
-    wrong = rng.sample([other for other in others if other != answer], 2)
-    choices = rng.sample([answer, *wrong], 3)
+def choose(
+    answer: str, others: Sequence[str], rng: random.Random, *, wrong: int = 2
+) -> dict[str, Any]:
+    """The answer among `wrong` others, in random order."""
+    found = rng.sample([other for other in others if other != answer], wrong)
+    choices = rng.sample([answer, *found], wrong + 1)
     return {"answer": answer, "choices": choices, "label": choices.index(answer)}
 
 
@@ -190,6 +202,15 @@ COLLECTIONS = {
         "kind of book: {passage}",
         "{passage} Of what kind is the book?",
         "Say the kind of book, one of {choices:commas}: {passage}",
+        metric=metrics.accuracy,
+    ),
+    "kind_choice": collection(
+        prepare_kind_choice,
+        "Which is it, {choices:or}? {passage}",
+        "{passage} Choose: {choices:or}.",
+        "Say {choices:or}: {passage}",
+        "Is it of {choices:or} that this is written? {passage}",
+        "{passage} Of the two, {choices:or}, which is it?",
         metric=metrics.accuracy,
     ),
     "book": collection(

@@ -15,6 +15,7 @@ from tasks.instruct.sources import Example, read_xz
 FILE = Path(__file__).parent / "data" / "wordnet.jsonl.xz"
 # Shares of the entries that are kept, so that the classes are about equally frequent.
 _KEPT_KINDS = {"person": 0.15, "thing": 0.15, "act": 0.2, "place": 0.6, "substance": 0.7}
+_PARTS = ("noun", "verb", "adjective")
 _KEPT_PARTS = {"noun": 0.26}
 
 
@@ -56,7 +57,16 @@ def prepare_kind(entry: Example) -> Record | None:
 def prepare_part(entry: Example) -> Record | None:
     if not _kept("part", entry, _KEPT_PARTS.get(entry["part"], 1.0)):
         return None
-    return _fields(entry, entry["part"]) | {"choices": ["noun", "verb", "adjective"]}
+    return _fields(entry, entry["part"]) | {"choices": list(_PARTS)}
+
+
+def prepare_part_choice(entry: Example) -> Record | None:
+    """The part of speech among two."""
+    record = prepare_part(entry)
+    if record is None:
+        return None
+    rng = rng_of("part_choice", entry["word"], entry["part"])
+    return dict(record) | choose(entry["part"], _PARTS, rng, wrong=1)
 
 
 def prepare_hypernym(entry: Example) -> Record | None:
@@ -98,6 +108,15 @@ COLLECTIONS = {
         "{definition}. {choices:or}?",
         "What part of speech is {word}, that is {definition}?",
         "Is {word} {choices:or}? {definition}",
+        metric=metrics.accuracy,
+    ),
+    "part_choice": collection(
+        prepare_part_choice,
+        "Which is {word}, {choices:or}? {definition}",
+        "{word}: {definition}. Choose: {choices:or}.",
+        "Say {choices:or}: {word}, {definition}",
+        "{definition}. Is the word for it {choices:or}?",
+        "Of the two, {choices:or}, which is {word}? {definition}",
         metric=metrics.accuracy,
     ),
     "hypernym": collection(
