@@ -216,9 +216,9 @@ def _describe(value: Any, *, within: tuple[Any, ...] = ()) -> Any:
     if isinstance(value, Mapping):
         return {str(k): describe(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        # Sorted: the order of a set differs from run to run.
-        unordered = isinstance(value, set | frozenset)
-        return [describe(v) for v in (sorted(value, key=repr) if unordered else value)]
+        described = [describe(v) for v in value]
+        # The order of a set, and the address in a function's repr, differ from run to run.
+        return sorted(described, key=repr) if isinstance(value, set | frozenset) else described
     if callable(value):
         identity = {"name": _name_of(value), "sha256": _source_sha256(value)}
         if any(value is outer for outer in within) or not (state := _captured(value)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -88,39 +88,30 @@ def check_match(
     found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, HasShape], *, what: str = ""
 ) -> None:
     """Raises a UserError that lists names and shapes in which checkpoint and model differ."""
-    kinds = map(list, _differences(found, wanted))
-    problems = [line for kind in kinds for line in _shortened(kind)]
+    problems = _differences(found, wanted)
     if problems:
         where = f" '{what}'" if what else ""
         raise UserError(f"The checkpoint{where} is of another model: {'; '.join(problems)}.")
 
 
-def _shortened(lines: list[str]) -> list[str]:
-    """Another optimizer has hundreds of other names."""
-    rest = len(lines) - _LISTED
-    return lines if rest <= 0 else [*lines[:_LISTED], f"and {rest} more like that"]
-
-
-def _differences(
-    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, HasShape]
-) -> Iterator[Iterator[str]]:
-    """Names that are missing, names too many, and shapes."""
+def _differences(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, HasShape]) -> list[str]:
     missing, extra = wanted.keys() - found.keys(), found.keys() - wanted.keys()
+    both = wanted.keys() & found.keys()
+    reshaped = {name for name in both if tuple(found[name]) != tuple(wanted[name].shape)}
 
     def near(name: str, others: Set[str], where: str) -> str:
         question = did_you_mean(name, others, limit=1)
         return question.replace(" Did you mean", f", nearest {where}:").rstrip("?")
 
-    yield (
-        f"missing {name} {wanted[name].shape}{near(name, extra, 'there')}"
-        for name in sorted(missing)
-    )
-    yield (
-        f"not in the model {name} {found[name]}{near(name, missing, 'here')}"
-        for name in sorted(extra)
-    )
-    yield (
-        f"{name} is {found[name]} there, {wanted[name].shape} in the model"
-        for name in sorted(wanted.keys() & found.keys())
-        if tuple(found[name]) != tuple(wanted[name].shape)
-    )
+    return [
+        *_first(missing, lambda n: f"missing {n} {wanted[n].shape}{near(n, extra, 'there')}"),
+        *_first(extra, lambda n: f"not in the model {n} {found[n]}{near(n, missing, 'here')}"),
+        *_first(reshaped, lambda n: f"{n} is {found[n]} there, {wanted[n].shape} in the model"),
+    ]
+
+
+def _first(names: Set[str], line: Callable[[str], str]) -> list[str]:
+    """The lines of the first names: another optimizer has hundreds of others."""
+    rest = len(names) - _LISTED
+    more = [f"and {rest} more like that"] if rest > 0 else []
+    return [*map(line, sorted(names)[:_LISTED]), *more]

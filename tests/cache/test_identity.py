@@ -95,6 +95,8 @@ def test_lambdas_of_one_line_are_told_apart():
 
 def test_the_order_of_a_set_does_not_matter():
     assert digest(closure({"a", "b", "c", 3})) == digest(closure({3, "c", "b", "a"}))
+    one, other = closure(1), closure(2)
+    assert digest(closure({one, other})) == digest(closure({closure(2), closure(1)}))
 
 
 def test_every_embedded_task_has_records_of_its_own():

@@ -26,8 +26,8 @@ def test_imports_point_one_way() -> None:
 
 
 @pytest.mark.parametrize("package", ["t5x_like.training", "t5x_like.data", "t5x_like.models"])
-def test_no_tensorflow(package: str) -> None:
-    """Neither the package nor any module in it, but data's SeqIO side, loads TensorFlow."""
+def test_neither_tensorflow_nor_torch(package: str) -> None:
+    """Neither the package nor any module in it loads them; data's SeqIO side is left out."""
     script = f"""
 import importlib, pkgutil, sys
 import {package} as package
@@ -35,7 +35,7 @@ names = [m.name for m in pkgutil.walk_packages(package.__path__, "{package}.")]
 for name in names:
     if "seqio" not in name and "beam" not in name:
         importlib.import_module(name)
-loaded = {{"tensorflow", "seqio", "t5"}} & set(sys.modules)
+loaded = {{"tensorflow", "seqio", "t5", "torch"}} & set(sys.modules)
 assert not loaded, loaded
 """
     result = run(sys.executable, "-c", script)
