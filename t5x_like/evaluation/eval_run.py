@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import time
@@ -17,9 +18,10 @@ from t5x_like.evaluation.inference_eval import (
     Evaluator,
     InferenceEval,
     Subject,
+    fitting,
+    kinds_of,
     task_subjects,
 )
-from t5x_like.evaluation.requests import Request
 from t5x_like.evaluation.serving import ModelRun, Served, is_leader, step_of
 from t5x_like.parallel import multihost
 from t5x_like.training.metrics import read_scalars
@@ -81,13 +83,12 @@ def execute(run: EvalRun) -> int:
 
     Raises:
       UserError: no checkpoint, no metric, bad data; and, after all that could be done was done,
-        lines of INPUT_FILE that were refused.
+        lines of INPUT_FILE, or examples, that were refused.
     """
     served = Served(run, source=run.evaluation.source, batch_size=run.evaluation.batch_size)
-    tally = requests.Tally()
     groups: dict[str, list[str]] = {}
     if run.input_file:
-        subjects = [_file_subject(run, served, tally)]
+        subjects = [_file_subject(run, served)]
     else:
         subjects, groups = task_subjects(run.evaluation, predictor=served.predictor)
     if not subjects:
@@ -122,12 +123,12 @@ def execute(run: EvalRun) -> int:
     evaluator.close()
     if not steps and is_leader():
         print(f"Nothing to do: {output_dir} has these steps already.")
-    tally.check(f"lines of '{run.input_file}'")
+    evaluator.tally.check(f"lines of '{run.input_file}'" if run.input_file else "examples")
     return 0
 
 
-def _file_subject(run: EvalRun, served: Served, tally: requests.Tally) -> Subject:
-    """The lines of INPUT_FILE; `tally` counts those that cannot be used."""
+def _file_subject(run: EvalRun, served: Served) -> Subject:
+    """The lines of INPUT_FILE."""
     assert run.input_file is not None
     file, codec = Path(run.input_file).expanduser(), served.codec
 
@@ -143,38 +144,29 @@ def _file_subject(run: EvalRun, served: Served, tally: requests.Tally) -> Subjec
                     wants_targets=True,
                 )
             )
-        found = [_fitting(request, kinds, run, served) for request in found]
-        tally.see(found)
-        if tally.refused == len(found):
-            first = f" The first: {tally.first_error}" if found else ""
-            raise UserError(f"'{file}' has no line that can be evaluated.{first}")
-        return [(request.shown, request) for request in found]
+        fit = functools.partial(
+            fitting,
+            kinds=kinds,
+            decoding=run.evaluation.decoding,
+            predictor=served.predictor,
+            eos_ids=codec.eos_ids,
+        )
+        return [(request.shown, fit(request)) for request in found]
 
     if not file.is_file():
         raise UserError(f"There is no file '{file}' (INPUT_FILE).")
-    functions = [metrics.named(name) for name in run.evaluation.metrics or ()]
-    kinds = {metrics.parameters(function)[1] for function in functions}
+    functions = TaskFunctions(
+        metric_fns=[metrics.named(name) for name in run.evaluation.metrics or ()]
+    )
+    kinds = kinds_of(functions)
     if "predictions" in kinds:
         served.predictor.check_room(run.evaluation.decoding)
     return Subject(
         name=file.stem,
         read=read,
-        functions=TaskFunctions(metric_fns=functions),
+        functions=functions,
         decode=codec.decode,
         eos_ids=codec.eos_ids,
-    )
-
-
-def _fitting(request: Request, kinds: set[str], run: EvalRun, served: Served) -> Request:
-    """The request, refused if the model has too few positions for it."""
-    written = run.evaluation.decoding.max_new_tokens if "predictions" in kinds else 0
-    scored = len(request.targets) if "scores" in kinds else 0
-    return requests.fitted(
-        request,
-        limit=served.predictor.room(max(written, scored)),
-        truncate="refuse",
-        eos_ids=served.codec.eos_ids,
-        keep_first=not served.predictor.has_encoder,
     )
 
 

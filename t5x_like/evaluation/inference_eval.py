@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -95,6 +96,7 @@ class Evaluator:
         self._examples: dict[str, list[tuple[Fields, Request]]] = {}
         self._writers: dict[str, MetricWriter] = {}
         self._leader = jax.process_index() == 0
+        self.tally = requests.Tally()
 
     def run(self, params: Any, *, step: int) -> dict[str, Scalars]:
         """Evaluates all of them and writes the files; every process must call it.
@@ -114,16 +116,35 @@ class Evaluator:
         for writer in self._writers.values():
             writer.close()
 
+    def _read(self, subject: Subject) -> list[tuple[Fields, Request]]:
+        """Reads and counts the examples.
+
+        Raises:
+          UserError: all of them are refused.
+        """
+        examples, tally = subject.read(), requests.Tally()
+        tally.see(request for _, request in examples)
+        if tally.refused == tally.entries:
+            first = f" The first: {tally.first_error}" if examples else ""
+            raise UserError(f"'{subject.name}' has nothing that can be evaluated.{first}")
+        if tally.refused:
+            logger.warning(
+                "%d of the %d examples of %s are refused. The first: %s",
+                *(tally.refused, tally.entries, subject.name, tally.first_error),
+            )
+        self.tally.add(tally)
+        return examples
+
     def _run_one(self, subject: Subject, params: Any, step: int) -> Scalars:
         if subject.name not in self._examples:
-            self._examples[subject.name] = subject.read()
+            self._examples[subject.name] = self._read(subject)
         examples = self._examples[subject.name]
         asked = [(fields, request) for fields, request in examples if not request.error]
         prompts = [
             Prompt(index=i, inputs=request.inputs, targets=request.targets)
             for i, (_, request) in enumerate(asked)
         ]
-        kinds = {metrics.parameters(function)[1] for function in subject.functions.metric_fns}
+        kinds = kinds_of(subject.functions)
         generated: list[Generation] = []
         scores: list[Score] = []
         if "predictions" in kinds:
@@ -199,13 +220,46 @@ def _task_subject(task: TaskExamples, config: InferenceEval, predictor: Predicto
         functions = load_functions(task)
     else:
         functions = TaskFunctions(metric_fns=[metrics.named(name) for name in config.metrics])
-    limit = config.source.num_examples
+
+    def read() -> list[tuple[Fields, Request]]:
+        limit = config.source.num_examples
+        found = requests.fields_and_requests(task, codec=codec, num_examples=limit)
+        fit = functools.partial(
+            fitting, kinds=kinds_of(functions), decoding=config.decoding, predictor=predictor
+        )
+        return [(fields, fit(request, eos_ids=codec.eos_ids)) for fields, request in found]
+
     return Subject(
         name=task.name,
-        read=lambda: list(requests.fields_and_requests(task, codec=codec, num_examples=limit)),
+        read=read,
         functions=functions,
         decode=codec.decode,
         eos_ids=codec.eos_ids,
+    )
+
+
+def kinds_of(functions: TaskFunctions) -> set[str]:
+    """What the metrics want of the model: "predictions", "scores" or both."""
+    return {metrics.parameters(function)[1] for function in functions.metric_fns}
+
+
+def fitting(
+    request: Request,
+    *,
+    kinds: set[str],
+    decoding: Decoding,
+    predictor: Predictor,
+    eos_ids: Sequence[int],
+) -> Request:
+    """The request, refused if the model has too few positions for it."""
+    written = decoding.max_new_tokens if "predictions" in kinds else 0
+    scored = len(request.targets) if "scores" in kinds else 0
+    return requests.fitted(
+        request,
+        limit=predictor.room(max(written, scored)),
+        truncate="refuse",
+        eos_ids=eos_ids,
+        keep_first=not predictor.has_encoder,
     )
 
 

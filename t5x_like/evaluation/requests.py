@@ -90,7 +90,7 @@ class Request:
       targets: ids to score, if there are any.
       target_text: the targets as text, if there are any.
       error: why it is refused, with its place; None if it is not.
-      place: file and line, if it has them.
+      place: file and line, or Task and number.
     """
 
     shown: Any
@@ -146,7 +146,8 @@ def fields_and_requests(
     for i, fields in enumerate(task.read()):
         if num_examples is not None and i >= num_examples:
             return
-        yield fields, task_request(fields, codec=codec)
+        request = task_request(fields, codec=codec)
+        yield fields, dataclasses.replace(request, place=f"{task.name}, example {i}")
 
 
 def task_request(fields: Fields, *, codec: TaskCodec) -> Request:

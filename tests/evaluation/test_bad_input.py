@@ -55,6 +55,15 @@ def test_examples_of_a_task_that_are_too_long(decoder, tiny_cache, tmp_path, cap
     refused = ["error" in row for row in found]
     assert code == 2 and f"{sum(refused)} of 12 prompts were refused" in line
     assert 0 < sum(refused) < 12
+    # The others are evaluated, and those refused are counted.
+    flags = [f"--gin.CACHE_DIR={tiny_cache}", "--tasks=tiny_copy", "--gin.MAX_NEW_TOKENS=38"]
+    flags += [f"--gin.EVAL_OUTPUT_DIR={tmp_path}", "--metrics=['exact_match']"]
+    assert main(["eval", str(decoder), *flags]) == 2
+    said = capsys.readouterr()
+    assert f"{sum(refused)} of 12 examples were refused" in said.err.strip().splitlines()[-1]
+    assert "tiny_copy, example " in said.err and f"refused {sum(refused)}." in said.out
+    written = (tmp_path / "tiny_copy" / "2.jsonl").read_text().splitlines()
+    assert len(written) == 12 - sum(refused)
 
 
 def test_a_file_to_evaluate_with_lines_that_are_too_long(decoder, tmp_path, capsys) -> None:

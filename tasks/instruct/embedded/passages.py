@@ -94,6 +94,15 @@ def prepare_book(chapter: Example) -> Sequence[Record]:
     return [{"passage": p, "answer": chapter["book"]} for p in some(chapter, "book")]
 
 
+def prepare_book_choice(chapter: Example) -> Sequence[Record]:
+    """The book among two."""
+    made = []
+    for passage in some(chapter, "book_choice", most=2):
+        rng = rng_of("book_choice", passage)
+        made.append({"passage": passage} | choose(chapter["book"], _ORDER, rng, wrong=1))
+    return made
+
+
 def _blanks(chapter: Example, task: str) -> Iterator[tuple[str, str, random.Random]]:
     """(passage with a blank, word that is missing, random numbers)"""
     for passage in some(chapter, task):
@@ -206,11 +215,11 @@ COLLECTIONS = {
     ),
     "kind_choice": collection(
         prepare_kind_choice,
-        "Which is it, {choices:or}? {passage}",
-        "{passage} Choose: {choices:or}.",
-        "Say {choices:or}: {passage}",
-        "Is it of {choices:or} that this is written? {passage}",
-        "{passage} Of the two, {choices:or}, which is it?",
+        "Which kind of book is this of, {choices:or}? {passage}",
+        "{passage} Of which kind is the book, {choices:or}?",
+        "kind of book, {choices:or}: {passage}",
+        "Say the kind of the two, {choices:or}: {passage}",
+        "{passage} Is that of {choices:or}?",
         metric=metrics.accuracy,
     ),
     "book": collection(
@@ -220,6 +229,15 @@ COLLECTIONS = {
         "book: {passage}",
         "Say the book of these words: {passage}",
         "{passage} In the book of",
+        metric=metrics.accuracy,
+    ),
+    "book_choice": collection(
+        prepare_book_choice,
+        "In which book is this written, {choices:or}? {passage}",
+        "{passage} Which book is it, {choices:or}?",
+        "book, {choices:or}: {passage}",
+        "Say the book of the two, {choices:or}: {passage}",
+        "{passage} Is that in the book of {choices:or}?",
         metric=metrics.accuracy,
     ),
     "missing_word": collection(prepare_missing_word, *_FILL),
