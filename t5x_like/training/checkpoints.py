@@ -161,8 +161,8 @@ class Checkpointer:
           UserError: if the checkpoint holds other parameters than `abstract_state`.
         """
         stored = self._manager.item_metadata(step)["state"]
-        shapes = {name: tuple(leaf.shape) for name, leaf in _flat(stored.tree).items()}
-        wanted = _flat(abstract_state)
+        shapes = {name: tuple(leaf.shape) for name, leaf in flatten(stored.tree).items()}
+        wanted = flatten(abstract_state)
         with_state = [
             any(name.startswith("opt_state/") for name in names) for names in (shapes, wanted)
         ]
@@ -247,7 +247,7 @@ def _git_revision() -> str:
     return result.stdout.strip() or "unknown"
 
 
-def _flat(tree: Any) -> dict[str, Any]:
+def flatten(tree: Any) -> dict[str, Any]:
     """Leaves by path, the same for a state and for Orbax's account of it in dicts and lists."""
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {"/".join(_key_name(k) for k in path): leaf for path, leaf in flat}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -66,6 +66,8 @@ class TrainRun:
         keeps its fresh values where that is None; the first match counts. What matches nothing
         comes from its own path, and the rest of the checkpoint is left (T5X's map of that name).
         None: the checkpoint must be of this model, neither more nor less.
+      upcycle: the checkpoint is of the dense twin of a model with experts: "params" takes its
+        parameters, "state" its optimizer's state too; see `training.upcycle`.
       frozen: regular expressions; parameters whose whole path matches one are not trained and
         have no optimizer state.
       inference_eval: the evaluations of generated text, on the same steps as the others.
@@ -88,6 +90,7 @@ class TrainRun:
     relative_steps: int | None = None
     initial_checkpoint_path: str | None = None
     assignment_map: Sequence[tuple[str, str | None]] | None = None
+    upcycle: Literal["params", "state"] | None = None
     frozen: Sequence[str] = ()
     inference_eval: InferenceEval | None = None
     random_seed: int = 0
@@ -110,6 +113,11 @@ class TrainRun:
         if self.nan_policy not in NAN_POLICIES:
             raise UserError(
                 f"TrainRun.nan_policy = {self.nan_policy!r}: use one of {', '.join(NAN_POLICIES)}."
+            )
+        if self.upcycle and (self.assignment_map is not None or not self.initial_checkpoint_path):
+            raise UserError(
+                f"UPCYCLE is {self.upcycle!r}: it goes with INITIAL_CHECKPOINT_PATH, which is "
+                f"{self.initial_checkpoint_path!r}, and without ASSIGNMENT_MAP."
             )
         if self.initial_checkpoint_path:
             path = os.path.expanduser(self.initial_checkpoint_path)
@@ -162,6 +170,13 @@ class Built:
         )
 
 
+def optimizer_of(run: TrainRun, model_def: ModelDef) -> Optimizer:
+    """The optimizer of a run, for a model."""
+    frozen = [ParameterGroup(pattern=pattern, frozen=True) for pattern in run.frozen]
+    groups = (*frozen, *run.optimizer.groups)
+    return dataclasses.replace(run.optimizer, groups=groups).build(model_def.param_info)
+
+
 def build(run: TrainRun, *, devices: Sequence[jax.Device] | None = None) -> Built:
     """Builds mesh, model, steps and abstract state of a run; touches no file.
 
@@ -170,9 +185,7 @@ def build(run: TrainRun, *, devices: Sequence[jax.Device] | None = None) -> Buil
     """
     mesh = run.mesh.build(devices)
     model_def = ModelDef(run.model)
-    frozen = [ParameterGroup(pattern=pattern, frozen=True) for pattern in run.frozen]
-    groups = (*frozen, *run.optimizer.groups)
-    optimizer = dataclasses.replace(run.optimizer, groups=groups).build(model_def.param_info)
+    optimizer = optimizer_of(run, model_def)
     shardings = state_shardings(model_def, optimizer, mesh, run.rules)
     logical.local_rows(mesh, run.rules, run.train_dataset.batch_size)
     step_config = dataclasses.replace(

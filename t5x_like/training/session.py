@@ -35,6 +35,7 @@ from t5x_like.training.metrics import MetricWriter, read_scalars
 from t5x_like.training.progress import Progress
 from t5x_like.training.run import Built, TrainRun, build
 from t5x_like.training.state import TrainState, init_state
+from t5x_like.training.upcycle import upcycled
 
 # Ids of the embedding that a vocabulary may leave unused (sizes are rounded up for the hardware).
 _SPARE_IDS = 1024
@@ -59,7 +60,7 @@ def execute(run: TrainRun, *, gin: str) -> int:
             check_readable(eval_data)
     generative = _open_inference_eval(built)
     resumes = find_own_checkpoint(Path(run.model_dir).expanduser()) is not None
-    initial = None if resumes else load_initial(built)
+    initial = None if resumes else first_state(built)
     model_dir = writable_directory(run.model_dir)
     checkpointer = Checkpointer(model_dir, run.checkpoints)
     with contextlib.ExitStack() as stack:
@@ -112,21 +113,30 @@ def check_readable(data: BatchIterator) -> None:
     data.set_state(start)
 
 
-def load_initial(built: Built) -> tuple[int, Any] | None:
-    """Step and parameters of INITIAL_CHECKPOINT_PATH, as `interop.initial` reads them, if any.
-
-    With an assignment map, only the parameters that it takes from there.
-    """
-    path, assignments = built.run.initial_checkpoint_path, built.run.assignment_map
+def first_state(built: Built) -> tuple[TrainState, int]:
+    """The state that a run begins with, and its step: fresh, or with INITIAL_CHECKPOINT_PATH's
+    parameters as `interop.initial` reads them; with an assignment map, those that it takes."""
+    run, shardings = built.run, jax.tree.map(lambda leaf: leaf.sharding, built.abstract_state)
+    path, param_info = run.initial_checkpoint_path, built.model_def.param_info
+    params: Any = {}
+    if path and run.assignment_map is not None:
+        assignments: Any = run.assignment_map
+        params = load_assigned(
+            path, param_info, assignment_map=assignments, shardings=shardings.params
+        )
+    elif path and not run.upcycle:
+        params = load_initial_params(path, param_info, shardings=shardings.params, config=run.model)
+    key = jax.random.key(run.random_seed)
+    state = init_state(built.model_def, built.optimizer, built.mesh, run.rules, key)
+    if run.upcycle:
+        state = upcycled(built, state)
     if not path:
-        return None
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, built.abstract_state.params)
-    param_info = built.model_def.param_info
-    if assignments is None:
-        params = load_initial_params(path, param_info, shardings=shardings, config=built.run.model)
-        return initial_step(path), params
-    params = load_assigned(path, param_info, assignment_map=assignments, shardings=shardings)
-    return initial_step(path), params
+        return state, 0
+    number = np.int32(initial_step(path))
+    # Not by device_put, whose result in a job of several processes cannot be saved.
+    step = jax.make_array_from_callback((), shardings.step, lambda _: number)
+    params = merge_trees(state.params, params)
+    return dataclasses.replace(state, step=step, params=params), int(number)
 
 
 def _open_inference_eval(built: Built) -> tuple[Predictor, Any] | None:
@@ -189,8 +199,8 @@ class _Session:
         self.leader = jax.process_index() == 0
         self.progress = Progress() if self.leader else None
 
-    def train(self, initial: tuple[int, Any] | None) -> int:
-        """Trains from the latest checkpoint, else from the `initial` step and parameters."""
+    def train(self, initial: tuple[TrainState, int] | None) -> int:
+        """Trains from the latest checkpoint, else from the `initial` state and step."""
         start = time.perf_counter()
         state, first_step = self._first_state(initial)
         total_steps = self._total_steps()
@@ -221,26 +231,14 @@ class _Session:
         if self.progress:
             self.progress.note(text)
 
-    def _first_state(self, initial: tuple[int, Any] | None) -> tuple[TrainState, int]:
-        """The state to start from and its step: the latest checkpoint, else from scratch."""
+    def _first_state(self, initial: tuple[TrainState, int] | None) -> tuple[TrainState, int]:
+        """The state to start from and its step: the latest checkpoint, else the initial one."""
         latest = self.checkpointer.latest_step()
         if latest is not None:
             state, self.metadata = self.checkpointer.restore(self.built.abstract_state, step=latest)
             self.checkpointer.restore_data(self.data, step=latest)
             return state, latest
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.built.abstract_state)
-        key = jax.random.key(self.run.random_seed)
-        state = init_state(
-            self.built.model_def, self.built.optimizer, self.built.mesh, self.run.rules, key
-        )
-        step = 0
-        if initial is not None:
-            step, params = initial
-            # Not by device_put, whose result in a job of several processes cannot be saved.
-            number = np.int32(step)
-            step_array = jax.make_array_from_callback((), shardings.step, lambda _: number)
-            merged = merge_trees(state.params, params)
-            state = dataclasses.replace(state, step=step_array, params=merged)
+        state, step = initial or first_state(self.built)
         self.metadata = run_metadata(
             gin=self.gin,
             vocabularies={
