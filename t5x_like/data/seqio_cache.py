@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from t5x_like.data import (
     cache_format,
@@ -27,6 +25,7 @@ from t5x_like.data import (
     task_modules,
 )
 from t5x_like.data.cache_format import CachedFeature, ShardStats, TaskManifest
+from t5x_like.data.seqio_host import seqio, tf
 from t5x_like.data.seqio_preprocessors import output_features
 from t5x_like.data.seqio_sources import DocumentSource
 from t5x_like.data.seqio_vocabularies import spec_of

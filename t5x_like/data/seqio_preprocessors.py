@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from t5x_like.data.cache_format import OutputFeature
 from t5x_like.data.denoisers import Context, Preprocessor
 from t5x_like.data.mixtures import generator, stream_key
 from t5x_like.data.ragged import Ragged
+from t5x_like.data.seqio_host import seqio, tf
 from t5x_like.data.seqio_vocabularies import spec_of
 
 _GROUP = 128

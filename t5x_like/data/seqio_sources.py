@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from t5x_like.data import sources
+from t5x_like.data.seqio_host import seqio, tf
 from t5x_like.errors import UserError, did_you_mean
 
 

@@ -18,14 +18,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from t5x_like.data import seqio_host
 from t5x_like.data.batch_iterator import BatchIterator, Shard
 from t5x_like.data.converters import FeatureConverter
 from t5x_like.data.packing import Block, Piece
 from t5x_like.data.ragged import Ragged
+from t5x_like.data.seqio_host import seqio, tf
 from t5x_like.data.seqio_preprocessors import output_features
 from t5x_like.errors import UserError, did_you_mean
 

@@ -6,10 +6,8 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import seqio
-import tensorflow as tf
-
 from t5x_like.data import seqio_cache, seqio_host
+from t5x_like.data.seqio_host import seqio, tf
 from t5x_like.data.seqio_preprocessors import output_features
 from t5x_like.data.task_examples import Fields, TaskExamples, TaskFunctions
 from t5x_like.errors import UserError, did_you_mean

@@ -7,11 +7,10 @@ import hashlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from t5x_like.data import vocabularies
 from t5x_like.data.cache_format import VocabularySpec
+from t5x_like.data.seqio_host import seqio, tf
 
 
 class HuggingFaceVocabulary(seqio.Vocabulary):

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
-# tensorboardX imports PyTorch, where it is installed, for the sake of one type: seconds of every
-# start. It does without where PyTorch cannot be imported.
-_unloaded: dict[str, Any] = {} if "torch" in sys.modules else {"torch": None}
-sys.modules.update(_unloaded)
-try:
+from t5x_like.quick_import import without
+
+with without("torch"):  # Which tensorboardX wants for the sake of one type.
     from tensorboardX import SummaryWriter
-finally:
-    for _name in _unloaded:
-        del sys.modules[_name]
 
 
 class MetricWriter:

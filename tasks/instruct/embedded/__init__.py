@@ -21,10 +21,10 @@ from tasks.instruct.register import add_mixture, add_tasks
 from tasks.instruct.sources import CountingSource, RecordSource
 
 HELD_OUT = (
-    *("kind_choice", "book_choice", "part_choice", "list_first"),
+    *("kind_choice", "book_choice", "small_choice", "name_choice", "part_choice", "list_first"),
     *("next_choice", "hypernym_choice", "larger"),
 )
-# Of the sums there are few; and long answers would be most of the loss, which is a mean over tokens.
+# Of the sums there are few. Long answers would be most of the loss, which is a mean over tokens.
 RATES = dict.fromkeys(passages.COLLECTIONS | words.COLLECTIONS | rules.COLLECTIONS, 1.0) | {
     **{"arithmetic": 0.5, "hypernym": 0.5, "list_reverse": 0.5, "definition": 0.25, "restore": 0.25}
 }
@@ -43,7 +43,7 @@ _PAIRS = CountingSource(rules.PAIRS, validation_fraction=0.1)
 def source_of(name: str) -> seqio.DataSource:
     """The examples of an embedded Task."""
     if name in passages.COLLECTIONS:
-        return _CHAPTERS if name in ("book", "book_choice") else _BOOKS
+        return _CHAPTERS if name.startswith(("book", "name")) else _BOOKS
     if name in words.COLLECTIONS:
         return _WORDS
     return _PAIRS if name == "arithmetic" else _NUMBERS
@@ -57,6 +57,8 @@ RANKED = {
     for name, choices in (
         ("kind_choice", "choices"),
         ("book_choice", "choices"),
+        ("small_choice", "choices"),
+        ("name_choice", "choices"),
         ("part_choice", "choices"),
         ("next_choice", "choices"),
         ("hypernym_choice", "choices"),

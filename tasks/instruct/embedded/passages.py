@@ -30,6 +30,21 @@ _LAST_BOOK = {
 _OF_KIND = {"law": 7, "history": 5, "wisdom": 6, "prophecy": 5, "gospel": 20, "letter": 12}
 _OF_TESTAMENT = {"old": 5, "new": 22}
 _HELD_OUT = {"old": 8, "new": 10}
+# The most frequent words, and names with the share that is kept.
+_SMALL = re.findall(
+    r"\w+",
+    "the and of to in that shall he unto his a for they be is them him not with it all thou thy "
+    "was which my their me thee said will have from ye as are were out upon by you when but",
+)
+_FEW_OF = {"LORD": 0.1, "God": 0.2, "Israel": 0.25, "Lord": 0.5}
+_NAMES = _FEW_OF | dict.fromkeys(
+    re.findall(
+        r"\w+",
+        "David Moses Judah Jerusalem Jesus Egypt Christ Saul Jacob Aaron Solomon Babylon Pharaoh "
+        "Joseph Abraham Joshua Jordan Zion Paul Peter",
+    ),
+    1.0,
+)
 
 
 def kind_of(book: str) -> str:
@@ -124,6 +139,39 @@ def prepare_missing_choice(chapter: Example) -> Sequence[Record]:
     for passage, word, rng in _blanks(chapter, "missing_choice"):
         made.append({"passage": passage} | choose(word, others, rng))
     return made
+
+
+def prepare_small_word(chapter: Example) -> Sequence[Record]:
+    """The missing word is one of the most frequent; all of these are asked for equally often."""
+    return [{"passage": p, "answer": word} for p, word, _ in _known_blanks(chapter, "small_word")]
+
+
+def prepare_small_choice(chapter: Example) -> Sequence[Record]:
+    found = _known_blanks(chapter, "small_choice", most=2)
+    return [{"passage": p} | choose(word, _SMALL, rng, wrong=1) for p, word, rng in found]
+
+
+def prepare_name(chapter: Example) -> Sequence[Record]:
+    return [{"passage": p, "answer": name} for p, name, _ in _known_blanks(chapter, "name")]
+
+
+def prepare_name_choice(chapter: Example) -> Sequence[Record]:
+    found = _known_blanks(chapter, "name_choice")
+    return [{"passage": p} | choose(name, list(_NAMES), rng, wrong=1) for p, name, rng in found]
+
+
+def _known_blanks(
+    chapter: Example, task: str, *, most: int = _PER_CHAPTER
+) -> Iterator[tuple[str, str, random.Random]]:
+    """As `_blanks`, of words that are asked for again and again: names or small words."""
+    words = _NAMES if task.startswith("name") else dict.fromkeys(_SMALL, 1.0)
+    for passage in some(chapter, task, most=most):
+        rng = rng_of(task, passage)
+        there = [w for w in words if re.search(rf"\b{w}\b", passage) and rng.random() < words[w]]
+        if there:
+            word = rng.choice(there)
+            place = rng.choice(list(re.finditer(rf"\b{word}\b", passage)))
+            yield passage[: place.start()] + BLANK + passage[place.end() :], word, rng
 
 
 def choose(
@@ -248,6 +296,42 @@ COLLECTIONS = {
         "{choices:or}: {passage}",
         "Which of {choices:commas} is missing here? {passage}",
         "{passage} {choices:or}?",
+        metric=metrics.accuracy,
+    ),
+    "small_word": collection(
+        prepare_small_word,
+        "Which small word is missing? {passage}",
+        "{passage} Say the small word that is missing.",
+        "small word: {passage}",
+        "{passage} What is the small word?",
+        "Find the small word for " + BLANK + ": {passage}",
+        metric=metrics.accuracy,
+    ),
+    "small_choice": collection(
+        prepare_small_choice,
+        "Which small word is missing, {choices:or}? {passage}",
+        "{passage} Say the small word that is missing, {choices:or}.",
+        "small word, {choices:or}: {passage}",
+        "{passage} Is the small word {choices:or}?",
+        "Find the small word for " + BLANK + ", {choices:or}: {passage}",
+        metric=metrics.accuracy,
+    ),
+    "name": collection(
+        prepare_name,
+        "Which name is missing? {passage}",
+        "{passage} Say the name that is missing.",
+        "name: {passage}",
+        "{passage} What is the name?",
+        "Find the name for " + BLANK + ": {passage}",
+        metric=metrics.accuracy,
+    ),
+    "name_choice": collection(
+        prepare_name_choice,
+        "Which name is missing, {choices:or}? {passage}",
+        "{passage} Say the name that is missing, {choices:or}.",
+        "name, {choices:or}: {passage}",
+        "{passage} Is the name {choices:or}?",
+        "Find the name for " + BLANK + ", {choices:or}: {passage}",
         metric=metrics.accuracy,
     ),
     "next_word": collection(
