@@ -129,12 +129,14 @@ def _write_hugging_face(
         stored = {weights.dtypes[slot.name] for slot in t.ours}
         kept = stored.pop() if len(stored) == 1 else np.dtype(np.float32)
         for name, shape in zip(t.theirs, t.theirs_shapes(weights.param_info), strict=True):
-            specs[name] = Spec(shape, dtype_name(dtype or kept))
+            for written in (name, *t.copies):
+                specs[written] = Spec(shape, dtype_name(dtype or kept))
     writer = TensorWriter(directory, specs, shard_bytes=shard_bytes)
     for t in table:
         theirs = t.to_theirs(*[weights.read(slot) for slot in t.ours])
         for name, value in zip(t.theirs, theirs, strict=True):
-            writer.write(name, value)
+            for written in (name, *t.copies):
+                writer.write(written, value)
         del theirs, value  # Before the next one is read.
     writer.close()
     # The name that all releases of transformers read.

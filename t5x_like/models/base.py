@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from t5x_like.layers.moe.layer import Moe
 from t5x_like.layers.parameter import ModelState
 
 Params = Mapping[str, Any]
@@ -89,6 +90,17 @@ class ModelDef:
                 node = node.setdefault(str(name), {})
             node[str(path[-1])] = function(path, variable)
         return nested
+
+    @property
+    def num_active_params(self) -> int:
+        """`num_params` without the experts that a token does not go through, in the mean."""
+        idle = 0.0
+        for _, module in self.modules():
+            if isinstance(module, Moe):
+                share = 1 - module.config.active_experts / module.config.num_experts
+                variables = jax.tree.leaves(nnx.state(module.experts))
+                idle += share * sum(math.prod(leaf.shape) for leaf in variables)
+        return round(self.num_params - idle)
 
     def modules(self) -> Iterator[tuple[str, nnx.Module]]:
         """Every module with its path in the parameters, as `decoder/layers/mlp`; no arrays."""

@@ -29,7 +29,7 @@ MODELS = {
         f"gin/models/{name}.gin": SEQ2SEQ
         for name in (
             *("byt5/small", "flan_t5/base", "longt5/tglobal_base", "mt5/small", "t5_1_0/small"),
-            *("t5_1_1/small", "ul2/20b", "umt5/small"),
+            *("switch/base_8", "t5_1_1/small", "ul2/20b", "umt5/small"),
         )
     },
     **{
@@ -39,6 +39,7 @@ MODELS = {
             *("gpt1/117m", "gpt2/1_3b", "gpt3/small", "gpt_j/6b", "gpt_neox/pythia_14m"),
             *("lamda/2b", "llama1/7b", "llama2/70b", "llama3/8b", "llama3_1/405b", "llama3_2/1b"),
             *("mistral/7b_v0_1", "palm/8b", "phi3/mini_128k", "qwen1_5/0_5b", "qwen2_5/0_5b"),
+            *("gemini_like/small", "glam/0_1b_64e", "mixtral/8x7b", "qwen3_moe/30b_a3b"),
             *("qwen3/0_6b", "yi/6b"),
         )
     },

@@ -223,7 +223,10 @@ def compare_gradients(
         (logits * torch.tensor(weight[: len(logits)])).sum().backward()
     grads = jax.jit(jax.grad(lambda p: jnp.sum(ours.bind(p)(batch) * weights)))(params)
     grads = {n: np.asarray(g) for n, g in traverse_util.flatten_dict(grads, sep="/").items()}
-    theirs = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    theirs = {  # Nothing went through an expert that no token has chosen.
+        name: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy()
+        for name, p in model.named_parameters()
+    }
     checkpoint = HuggingFaceCheckpoint(hf)
     pairs = {}
     for t in transfers(checkpoint.family.entries(ours.config), ours.config):

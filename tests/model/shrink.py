@@ -7,6 +7,8 @@ from typing import Any
 
 from t5x_like.layers.attention import AttentionConfig
 from t5x_like.layers.mlp import MlpConfig
+from t5x_like.layers.moe.layer import MoeConfig
+from t5x_like.layers.moe.routers import TopKRouter
 from t5x_like.layers.positions import LearnedPositionsConfig
 from t5x_like.layers.rope import LongRopeScaling, RopeConfig
 from t5x_like.models.block import BlockConfig
@@ -42,8 +44,13 @@ def _block(block: BlockConfig) -> BlockConfig:
     )
 
 
-def _mlp(mlp: Any) -> Any:
-    return dataclasses.replace(mlp, mlp_dim=32) if isinstance(mlp, MlpConfig) else mlp
+def _mlp(mlp: MlpConfig | MoeConfig) -> Any:
+    if isinstance(mlp, MlpConfig):
+        return dataclasses.replace(mlp, mlp_dim=32)
+    router = mlp.router
+    if isinstance(router, TopKRouter):
+        router = dataclasses.replace(router, k=min(router.k, 3))
+    return dataclasses.replace(mlp, num_experts=4, expert=_mlp(mlp.expert), router=router)
 
 
 def _attention(attention: AttentionConfig) -> AttentionConfig:

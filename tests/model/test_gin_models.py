@@ -6,7 +6,7 @@ import pytest
 
 from t5x_like.models.base import ModelDef
 
-from . import counts_gpt, counts_llama
+from . import counts_gpt, counts_llama, test_counts_moe
 from .conftest import REPOSITORY
 
 # Hugging Face model cards and configurations; UL2: "20B".
@@ -44,10 +44,12 @@ PUBLISHED = {
 }
 # Sizes of our own, for two CPU cores and for benchmarks.
 OWN = {"t5_1_1/tiny", "gpt2/tiny", "gpt2/1_3b"}
-# Families whose sizes other tests count: test_counts_gpt, test_counts_llama, tests/encoder_only.
+# Families whose sizes other tests count: test_counts_gpt, test_counts_llama, test_counts_moe,
+# tests/encoder_only.
 COUNTED_ELSEWHERE = {
     *(name.partition("/")[0] for name in counts_gpt.PUBLISHED),
     *counts_llama.PUBLISHED,
+    *test_counts_moe.FAMILIES,
     *("bert", "roberta"),
 }
 

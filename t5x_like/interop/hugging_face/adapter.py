@@ -17,7 +17,7 @@ import numpy as np
 from t5x_like.errors import UserError, did_you_mean
 from t5x_like.layers.mlp import MlpConfig
 from t5x_like.models.block import BlockConfig
-from t5x_like.models.stack import layer_slots
+from t5x_like.models.stack import Pattern, as_pattern, layer_slots
 
 Shape = tuple[int, ...]
 
@@ -85,12 +85,16 @@ class Entry:
       op: what turns one into the other.
       aliases: further names of the same tensor in their files (tied weights): accepted, checked
         to be equal, not written.
+      copied: but these are written, since transformers does not tie what the file ties.
+      layers: numbers of the layers that have it, where layers differ; None for all.
     """
 
     ours: str | tuple[str, ...]
     theirs: str | tuple[str, ...]
     op: Op = SAME
     aliases: tuple[str, ...] = ()
+    copied: bool = False
+    layers: tuple[int, ...] | None = None
 
 
 class Slot(NamedTuple):
@@ -102,12 +106,16 @@ class Slot(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """An `Entry` for one layer: which parameters or rows of them are which tensors."""
+    """An `Entry` for one layer: which parameters or rows of them are which tensors.
+
+    `copies` are names under which the tensor is written once more.
+    """
 
     ours: tuple[Slot, ...]
     theirs: tuple[str, ...]
     op: Op
     aliases: tuple[str, ...]
+    copies: tuple[str, ...] = ()
 
     def theirs_shapes(self, param_info: Mapping[str, Any]) -> tuple[Shape, ...]:
         """Shapes of `theirs`; `param_info` is flat, `ParamInfo` by our name."""
@@ -132,9 +140,12 @@ def transfers(entries: Sequence[Entry], config: Any) -> list[Transfer]:
         ours, theirs = _tuple(entry.ours), _tuple(entry.theirs)
         if "{layer}" not in theirs[0]:
             slots = tuple(Slot(name, None) for name in ours)
-            result.append(Transfer(ours=slots, theirs=theirs, op=entry.op, aliases=entry.aliases))
+            names = {"aliases": entry.aliases, "copies": entry.aliases if entry.copied else ()}
+            result.append(Transfer(ours=slots, theirs=theirs, op=entry.op, **names))
             continue
         for layer, (place, index) in enumerate(_slots(config, ours[0].partition("/")[0])):
+            if entry.layers is not None and layer not in entry.layers:
+                continue
             result.append(
                 Transfer(
                     ours=tuple(Slot(n.replace("/layers/", f"/{place}/"), index) for n in ours),
@@ -151,18 +162,25 @@ def _tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _slots(config: Any, side: str) -> list[tuple[str, int]]:
-    block = (getattr(config, "encoder_block", None) if side == "encoder" else None) or config.block
-    return layer_slots(block, num_layers(config, side), config.leading_blocks)
+    return layer_slots(_pattern(config, side), num_layers(config, side), config.leading_blocks)
+
+
+def _pattern(config: Any, side: str) -> Pattern:
+    block: Pattern | None = getattr(config, "encoder_block", None) if side == "encoder" else None
+    return block or config.block
+
+
+def layer_blocks(config: Any, side: str) -> list[BlockConfig]:
+    """The block of every layer of the `encoder` or `decoder` of a model without leading blocks."""
+    pattern = as_pattern(_pattern(config, side))
+    return [pattern[layer % len(pattern)] for layer in range(num_layers(config, side))]
 
 
 def dense_mlp(block: BlockConfig) -> MlpConfig:
-    """The MLP of a block; UserError where it is a mixture of experts, which no family has yet."""
+    """The MLP of a block; UserError where it is a mixture of experts, which a family has not."""
     if isinstance(block.mlp, MlpConfig):
         return block.mlp
-    raise UserError(
-        f"The model has mixtures of {block.mlp.num_experts} experts, for which there is no adapter "
-        "to Hugging Face: keep it in the format of this system."
-    )
+    raise UserError(f"The family has no mixtures of {block.mlp.num_experts} experts")
 
 
 def num_layers(config: Any, side: str) -> int:

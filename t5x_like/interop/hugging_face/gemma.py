@@ -9,7 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from t5x_like.errors import UserError
-from t5x_like.interop.hugging_face.adapter import ConfigJson, Entry, Family, their_activation
+from t5x_like.interop.hugging_face.adapter import (
+    ConfigJson,
+    Entry,
+    Family,
+    dense_mlp,
+    their_activation,
+)
 from t5x_like.interop.hugging_face.llama import (
     IGNORED,
     NORMS,
@@ -167,6 +173,7 @@ def _json(name: str, model_type: str, config: Any) -> tuple[dict[str, Any], list
         "hidden_activation": activation,
         "hidden_act": activation,
         "attention_bias": first.attention.qkv_bias,
+        "intermediate_size": dense_mlp(first).mlp_dim,
         **common_json(config, first),
         **write_rope(rope_of(first)),
     }, blocks

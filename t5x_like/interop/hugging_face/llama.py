@@ -6,7 +6,8 @@ of queries and keys, and in Phi-3's fused tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from t5x_like.errors import UserError
@@ -17,21 +18,25 @@ from t5x_like.interop.hugging_face.adapter import (
     Family,
     dense_mlp,
     fused,
+    layer_blocks,
     our_activation,
     their_activation,
 )
 from t5x_like.interop.hugging_face.rope import read_rope, write_rope
 from t5x_like.layers.attention import AttentionConfig
 from t5x_like.layers.mlp import MlpConfig
+from t5x_like.layers.moe.layer import MoeConfig
 from t5x_like.layers.norms import NormConfig
 from t5x_like.layers.rope import LongRopeScaling, RopeConfig
 from t5x_like.models.block import BlockConfig
 from t5x_like.models.decoder_only import DecoderOnlyConfig
+from t5x_like.models.stack import as_pattern
 
 Json = Mapping[str, Any]
 LAYER = "decoder/layers"
 ATTENTION = f"{LAYER}/self_attention"
 QKV = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+GATED = {"wi_0": "gate_proj", "wi_1": "up_proj", "wo": "down_proj"}
 # Buffers that early versions of transformers saved.
 IGNORED = (r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
@@ -91,13 +96,12 @@ def blocks_of(config: Any, *, name: str) -> list[BlockConfig]:
     """
     if not isinstance(config, DecoderOnlyConfig):
         raise UserError(f"{name} is a decoder, not a {type(config).__name__}")
-    pattern = config.block if isinstance(config.block, tuple) else (config.block,)
-    for block in pattern:
+    for block in as_pattern(config.block):
         if not isinstance(block.attention.positions, RopeConfig):
             raise UserError(f"{name} has rotary positions")
         if block.mlp.activations[1:] != ("linear",):
             raise UserError(f"{name} has a gated MLP, not activations {block.mlp.activations}")
-    return [pattern[layer % len(pattern)] for layer in range(config.num_layers)]
+    return layer_blocks(config, "decoder")
 
 
 def rope_of(block: BlockConfig) -> RopeConfig:
@@ -113,7 +117,6 @@ def common_json(config: DecoderOnlyConfig, block: BlockConfig) -> dict[str, Any]
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": block.embed_dim,
-        "intermediate_size": dense_mlp(block).mlp_dim,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": attention.num_heads,
         "num_key_value_heads": attention.num_kv_heads or attention.num_heads,
@@ -145,6 +148,11 @@ def outer_entries(config: DecoderOnlyConfig) -> list[Entry]:
 
 def layer_entries(block: BlockConfig, norms: Mapping[str, str]) -> list[Entry]:
     """A layer with a tensor a projection; `norms` is their norm by ours."""
+    return [*attention_entries(block, norms), *mlp_entries(bias=dense_mlp(block).use_bias)]
+
+
+def attention_entries(block: BlockConfig, norms: Mapping[str, str]) -> list[Entry]:
+    """What a layer has but for its MLP; `norms` is their norm by ours."""
     attention, theirs = block.attention, "model.layers.{layer}"
     entries = [e for ours, name in norms.items() for e in norm(f"{LAYER}/{ours}", name)]
     for ours, name in QKV.items():
@@ -154,10 +162,16 @@ def layer_entries(block: BlockConfig, norms: Mapping[str, str]) -> list[Entry]:
     if attention.qk_norm is not None:
         entries += norm(f"{ATTENTION}/query_norm", f"{theirs}.self_attn.q_norm")
         entries += norm(f"{ATTENTION}/key_norm", f"{theirs}.self_attn.k_norm")
-    for ours, name in {"wi_0": "gate_proj", "wi_1": "up_proj", "wo": "down_proj"}.items():
-        place = f"{theirs}.mlp.{name}"
-        entries += linear(f"{LAYER}/mlp/{ours}", place, bias=dense_mlp(block).use_bias)
     return entries
+
+
+def mlp_entries(*, bias: bool, layers: tuple[int, ...] | None = None) -> list[Entry]:
+    """A gated MLP with a tensor a projection, of the layers that have one (None for all)."""
+    return [
+        dataclasses.replace(entry, layers=layers)
+        for ours, name in GATED.items()
+        for entry in linear(f"{LAYER}/mlp/{ours}", f"model.layers.{{layer}}.mlp.{name}", bias=bias)
+    ]
 
 
 # ---- The families of this file.
@@ -168,13 +182,25 @@ NORMS = {
 }
 
 
-def _decoder(
-    config: Json, windows: Iterable[int | None], *, mlp_bias: bool = False, **attention: Any
+def decoder(
+    config: Json,
+    windows: Sequence[int | None],
+    *,
+    mlp_bias: bool = False,
+    mlps: Sequence[MlpConfig | MoeConfig] | None = None,
+    **attention: Any,
 ) -> DecoderOnlyConfig:
-    """Our config from theirs, a window a layer, and what else AttentionConfig is to have."""
-    epsilon = config.get("rms_norm_eps", 1e-6)
+    """Our config from theirs, a window a layer, and what else AttentionConfig is to have.
 
-    def block(window: int | None) -> BlockConfig:
+    `mlps` has one a layer where that is not theirs of `hidden_act` and `intermediate_size`.
+    """
+    epsilon = config.get("rms_norm_eps", 1e-6)
+    if mlps is None:
+        mlp = gated_mlp(config, config.get("hidden_act", "silu"), bias=mlp_bias)
+        mlps = [mlp] * len(windows)
+
+    def block(kind: tuple[int | None, MlpConfig | MoeConfig]) -> BlockConfig:
+        window, mlp = kind
         return BlockConfig(
             embed_dim=config["hidden_size"],
             attention=AttentionConfig(
@@ -184,7 +210,7 @@ def _decoder(
                 positions=read_rope(config),
                 **attention,
             ),
-            mlp=gated_mlp(config, config.get("hidden_act", "silu"), bias=mlp_bias),
+            mlp=mlp,
             norm=NormConfig(epsilon=epsilon),
             broadcast_dropout=False,
             init_stddev=config.get("initializer_range", 0.02),
@@ -193,12 +219,13 @@ def _decoder(
     return DecoderOnlyConfig(
         vocab_size=config["vocab_size"],
         num_layers=config["num_hidden_layers"],
-        block=repeating(list(windows), block),
+        block=repeating(list(zip(windows, mlps, strict=True)), block),
         logits=logits_of(config, default=False),
     )
 
 
-def _same(config: Json, window: int | None) -> list[int | None]:
+def same_window(config: Json, window: int | None) -> list[int | None]:
+    """One window for all layers."""
     if config.get("layer_types"):
         raise UserError("config.json: 'layer_types' is not supported for this architecture.")
     return [window] * config["num_hidden_layers"]
@@ -215,7 +242,7 @@ def _by_layer(config: Json) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-def _whole_head(config: Json) -> Json:
+def whole_head(config: Json) -> Json:
     """transformers rotates part of a head in Phi-3 only; here it would ignore the fraction."""
     if read_rope(config).fraction != 1:
         raise UserError(
@@ -226,9 +253,9 @@ def _whole_head(config: Json) -> Json:
 
 def _llama(config: Json) -> DecoderOnlyConfig:
     bias = config.get("attention_bias", False)
-    return _decoder(
-        _whole_head(config),
-        _same(config, None),
+    return decoder(
+        whole_head(config),
+        same_window(config, None),
         mlp_bias=config.get("mlp_bias", False),
         qkv_bias=bias,
         out_bias=bias,
@@ -236,18 +263,18 @@ def _llama(config: Json) -> DecoderOnlyConfig:
 
 
 def _mistral(config: Json) -> DecoderOnlyConfig:
-    return _decoder(_whole_head(config), _same(config, config.get("sliding_window", 4096)))
+    return decoder(whole_head(config), same_window(config, config.get("sliding_window", 4096)))
 
 
 def _qwen2(config: Json) -> DecoderOnlyConfig:
-    return _decoder(_whole_head(config), _by_layer(config), qkv_bias=True)
+    return decoder(whole_head(config), _by_layer(config), qkv_bias=True)
 
 
 def _qwen3(config: Json) -> DecoderOnlyConfig:
     bias = config.get("attention_bias", False)
     config = ConfigJson({"head_dim": 128, **config})
-    return _decoder(
-        _whole_head(config),
+    return decoder(
+        whole_head(config),
         _by_layer(config),
         qkv_bias=bias,
         out_bias=bias,
@@ -263,7 +290,7 @@ def _phi3(config: Json) -> DecoderOnlyConfig:
         config["rope_scaling"] = {**parameters, "rope_type": "longrope"}
     if not isinstance(read_rope(config).scaling, LongRopeScaling | None):
         raise UserError("config.json: a phi3 has no rope type but 'default' and 'longrope'.")
-    return _decoder(config, _same(config, config.get("sliding_window")))
+    return decoder(config, same_window(config, config.get("sliding_window")))
 
 
 def _json(name: str, config: Any) -> tuple[dict[str, Any], list[BlockConfig]]:
@@ -274,6 +301,7 @@ def _json(name: str, config: Any) -> tuple[dict[str, Any], list[BlockConfig]]:
         "architectures": [f"{name}ForCausalLM"],
         "model_type": name.lower(),
         "hidden_act": their_activation(first.mlp.activations[0]),
+        "intermediate_size": dense_mlp(first).mlp_dim,
         **common_json(config, first),
         **write_rope(rope_of(first)),
     }, blocks

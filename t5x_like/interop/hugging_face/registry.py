@@ -7,22 +7,31 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from t5x_like.errors import UserError, did_you_mean
-from t5x_like.interop.hugging_face import bert, gemma, gpt, llama, t5
-from t5x_like.interop.hugging_face.adapter import ConfigJson, Family, dense_mlp, transfers
+from t5x_like.interop.hugging_face import bert, gemma, gpt, llama, mixtral, switch, t5
+from t5x_like.interop.hugging_face.adapter import ConfigJson, Family, transfers
+from t5x_like.layers.moe.layer import MoeConfig
 from t5x_like.models.stack import as_pattern
 
 # Of families that could say the same model, the first is written.
 FAMILIES: tuple[Family, ...] = (
     *t5.FAMILIES,
+    *switch.FAMILIES,
     *gpt.FAMILIES,
     *llama.FAMILIES,
+    *mixtral.FAMILIES,
     *gemma.FAMILIES,
     *bert.FAMILIES,
 )
 
-# Fields of our configs that change how a model is run or trained, not what it computes.
+# Fields of our configs that change how a model is run or trained, not what it computes. Of experts
+# these are the losses, the noise, and which tokens an expert of limited capacity drops: like
+# generation, a converted model drops none.
 _TRAINING_ONLY = frozenset(
-    {"dtype", "remat", "scan_unroll", "dropout_rate", "broadcast_dropout", "init_stddev"}
+    {
+        *("dtype", "remat", "scan_unroll", "dropout_rate", "broadcast_dropout", "init_stddev"),
+        *("balance_loss", "z_loss", "jitter", "random_second", "expert_dropout_rate"),
+        *("dispatcher", "group_size", "prioritized"),
+    }
 )
 
 
@@ -78,7 +87,11 @@ def their_config(
     Raises:
       UserError: no family computes what this model does; the nearest one and the differences.
     """
-    _refuse_experts(config)
+    if config.leading_blocks:
+        raise UserError(
+            f"The model has {len(config.leading_blocks)} leading_blocks, for which there is no "
+            "adapter to Hugging Face: keep it in the format of this system."
+        )
     first = [find_family(carried)] if carried else []
     reasons: dict[str, list[str]] = {}
     for family in (*first, *FAMILIES):
@@ -92,19 +105,19 @@ def their_config(
         reasons[family.name] = found
     near = min(reasons, key=lambda name: len(reasons[name]), default=None)
     why = f" (nearest is {near}: {'; '.join(reasons[near])})" if near else ""
-    raise UserError(f"No architecture of Hugging Face that is known here computes this model{why}.")
+    raise UserError(
+        "No architecture of Hugging Face that is known here computes this model"
+        f"{_experts(config)}{why}; keep it in the format of this system."
+    )
 
 
-def _refuse_experts(config: Any) -> None:
-    """No family has mixtures of experts yet, or leading blocks of another shape."""
-    for pattern in (config.block, getattr(config, "encoder_block", None) or config.block):
-        for block in as_pattern(pattern):
-            dense_mlp(block)
-    if config.leading_blocks:
-        raise UserError(
-            f"The model has {len(config.leading_blocks)} leading_blocks, for which there is no "
-            "adapter to Hugging Face: keep it in the format of this system."
-        )
+def _experts(config: Any) -> str:
+    """` with mixtures of 8 experts`, of a model that has them."""
+    patterns = (config.block, getattr(config, "encoder_block", None) or config.block)
+    for block in (block for pattern in patterns for block in as_pattern(pattern)):
+        if isinstance(block.mlp, MoeConfig):
+            return f" with mixtures of {block.mlp.num_experts} experts"
+    return ""
 
 
 def _merge(

@@ -170,19 +170,43 @@ def _long_json(config: EncoderDecoderConfig) -> dict[str, Any]:
 
 
 def _entries(config: EncoderDecoderConfig) -> list[Entry]:
+    return [*outer_entries(config), *_side(config, "encoder"), *_side(config, "decoder")]
+
+
+def outer_entries(config: EncoderDecoderConfig) -> list[Entry]:
+    """The token table and, where it is another, that of the logits."""
     shared = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
     if config.logits != "dense":
         shared.append("lm_head.weight")
     entries = [Entry("token_embedder/embedding", "shared.weight", aliases=tuple(shared))]
     if config.logits == "dense":
         entries.append(Entry("decoder/logits_dense/kernel", "lm_head.weight", TRANSPOSE))
-    return [*entries, *_side(config, "encoder"), *_side(config, "decoder")]
+    return entries
 
 
 def _side(config: EncoderDecoderConfig, side: str) -> list[Entry]:
+    gated = len(config.first_block.mlp.activations) == 2
+    mlp = f"{mlp_sublayer(side)}.DenseReluDense"
+    module = "SelfAttention" if side == "decoder" else _encoder_module(config)
+    return [
+        *attention_entries(side, module),
+        *(
+            Entry(f"{side}/layers/mlp/{name}/kernel", f"{mlp}.{name}.weight", TRANSPOSE)
+            for name in (["wi_0", "wi_1", "wo"] if gated else ["wi", "wo"])
+        ),
+        *_tables(config, side, module),
+    ]
+
+
+def mlp_sublayer(side: str) -> str:
+    """Their name of the part of a block that is the MLP and its norm."""
+    return f"{side}.block.{{layer}}.layer.{2 if side == 'decoder' else 1}"
+
+
+def attention_entries(side: str, module: str = "SelfAttention") -> list[Entry]:
+    """What a T5's `encoder` or `decoder` has but for MLPs and tables of relative positions."""
     decoder = side == "decoder"
     attention = "self_attention" if decoder else "attention"
-    module = "SelfAttention" if decoder else _encoder_module(config)
     # Sub-layers by number: self-attention, cross-attention in the decoder, MLP.
     sublayers = [(attention, f"pre_{attention}_layer_norm", module)]
     if decoder:
@@ -201,13 +225,6 @@ def _side(config: EncoderDecoderConfig, side: str) -> list[Entry]:
         Entry(f"{ours}/{norm}/scale", f"{theirs}.{i}.layer_norm.weight")
         for i, norm in enumerate(norms)
     ]
-    gated = len(config.first_block.mlp.activations) == 2
-    mlp = f"{theirs}.{len(sublayers)}.DenseReluDense"
-    entries += [
-        Entry(f"{ours}/mlp/{name}/kernel", f"{mlp}.{name}.weight", TRANSPOSE)
-        for name in (["wi_0", "wi_1", "wo"] if gated else ["wi", "wo"])
-    ]
-    entries += _tables(config, side, module)
     return [*entries, Entry(f"{side}/{side}_norm/scale", f"{side}.final_layer_norm.weight")]
 
 
