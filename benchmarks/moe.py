@@ -1,10 +1,11 @@
-"""Cost of experts: a layer of experts over a dense one of the same active FLOPs, as JSON.
+"""Cost of experts over dense layers of the same active FLOPs, as JSON.
 
     python benchmarks/moe.py [--tokens=16384] [--embed=256] [--mlp=512] [--repeats=5]
 
 One expert a token, so that its work is that of the dense layer whatever the number of experts.
-`forward_backward` is the gradient of the layer, `optimizer` one AdamW update of its parameters,
-which are as many times more as there are experts. Tokens are spread evenly (`force_balance`).
+`model` is the gradient of a decoder of two layers over rows of 512 tokens, `layer` that of one
+feed-forward layer by itself, `optimizer` one AdamW update of its parameters, which are as many
+times more as there are experts. Tokens are spread evenly (`force_balance`).
 Times are the least of several runs, in turn, so that load hits all alike: CPU seconds of the
 process on a CPU, which other processes change little, and wall seconds elsewhere.
 """
@@ -22,13 +23,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_like.config.host_memory import keep_freed_memory
+from t5x_like.layers.attention import AttentionConfig
 from t5x_like.layers.mlp import MlpConfig
 from t5x_like.layers.moe.layer import MoeConfig
 from t5x_like.layers.moe.routers import TopKRouter
 from t5x_like.models.base import ModelDef
+from t5x_like.models.block import BlockConfig
+from t5x_like.models.decoder_only import DecoderOnlyConfig
+from t5x_like.objectives.causal_lm import CausalLm
 from t5x_like.training.optimizers.adamw import AdamWConfig
 
 EXPERTS = (8, 16, 32, 64, 128)
+VOCAB, ROW = 4096, 512
 PLAIN: dict[str, Any] = {"dropout_rate": 0.0, "dropout_key": None, "broadcast_dims": ()}
 Runs = dict[str, Callable[[], Any]]
 
@@ -43,8 +49,30 @@ class _Layer:
         return self.config.build(embed_dim=self.embed_dim, dtype=jnp.dtype("float32"))
 
 
+def model_gradient(config: Any, x: jax.Array) -> Callable[[], Any]:
+    """Runs the forward and backward pass of a decoder, on as many tokens as `x` has."""
+    heads = AttentionConfig(num_heads=4, head_dim=x.shape[-1] // 4)
+    block = BlockConfig(embed_dim=x.shape[-1], attention=heads, mlp=config)
+    decoder = DecoderOnlyConfig(vocab_size=VOCAB, num_layers=2, block=block, dtype="float32")
+    model = ModelDef(decoder)
+    params = jax.jit(model.init)(jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(1, VOCAB, (x.shape[1] // ROW, ROW))
+    batch = {
+        "decoder_input_tokens": tokens,
+        "decoder_target_tokens": tokens,
+        "decoder_loss_weights": np.ones_like(tokens, np.float32),
+    }
+
+    @jax.jit
+    @jax.grad
+    def gradient(params: Any) -> Any:
+        return CausalLm().loss(model.bind(params), batch, dropout_key=None)[0]
+
+    return lambda: jax.block_until_ready(gradient(params))
+
+
 def parts(config: Any, x: jax.Array) -> Runs:
-    """Functions that run a forward and backward pass, and an update of the optimizer."""
+    """Functions that run forward and backward passes, and an update of the optimizer."""
     model = ModelDef(_Layer(config, x.shape[-1]))
     params = jax.jit(model.init)(jax.random.key(0))
     optimizer = AdamWConfig().build(model.param_info)
@@ -67,7 +95,8 @@ def parts(config: Any, x: jax.Array) -> Runs:
         held[:] = jax.block_until_ready(jitted(grads, held[1], held[0]))
 
     return {
-        "forward_backward": lambda: jax.block_until_ready(gradient(params)),
+        "model": model_gradient(config, x),
+        "layer": lambda: jax.block_until_ready(gradient(params)),
         "optimizer": step,
     }
 
@@ -99,13 +128,16 @@ def main() -> None:
                 seconds = measure(run)
                 if repeat:  # the first one compiles
                     best[name][part] = min(best[name][part], seconds)
-    work = {name: times["forward_backward"] for name, times in best.items()}
+    over_dense = {
+        part: {n: round(times[part] / best["dense"][part], 3) for n, times in best.items()}
+        for part in ("model", "layer")
+    }
     result = {
         "device": jax.devices()[0].device_kind,
         **vars(args),
         "seconds": best,
-        "forward_backward_over_dense": {n: t / work["dense"] for n, t in work.items()},
-        "forward_backward_128_over_8": work["128"] / work["8"],
+        "over_dense": over_dense,
+        "128_over_8": {part: round(n["128"] / n["8"], 3) for part, n in over_dense.items()},
     }
     print(json.dumps(result, indent=1))
 

@@ -52,7 +52,11 @@ def write(weights: Weights, directory: Path, *, dtype: np.dtype | None, scanned:
         if not foreign and b.attention.num_kv_heads not in (None, b.attention.num_heads)
     ]
     if foreign:
-        raise UserError(f"T5X has no model with {', '.join(foreign)}.")
+        rest = f" and {len(foreign) - 4} more" if len(foreign) > 4 else ""
+        raise UserError(
+            f"T5X has no model with {', '.join(foreign[:4])}{rest}: keep it in the format of this "
+            "system."
+        )
     decoder_only = not any(name.startswith("encoder/") for name in weights.param_info)
     if scanned and decoder_only:
         raise UserError("T5X's decoder-only model has no scanned layout: leave --scanned out.")

@@ -99,6 +99,15 @@ def test_every_expert_and_its_optimizer_state_is_a_copy(dense, upcycled):
     assert fresh == {"params", "opt_state"} and copied == 6 * 3
 
 
+def test_t5x_has_no_experts(upcycled, tmp_path, capsys):
+    flags = [f"--from={upcycled}", f"--to={tmp_path / 'out'}", "--format=t5x"]
+    assert main(["convert", *flags]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "T5X has no model with decoder/layers/mlp/experts/wi_0/kernel" in line
+    assert "and 4 more: keep it in the format of this system" in line
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
