@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from t5x_like.errors import UserError, did_you_mean
+from t5x_like.layers.attention import AttentionConfig
 from t5x_like.layers.mlp import MlpConfig
 from t5x_like.models.block import BlockConfig
 from t5x_like.models.stack import layer_slots
@@ -44,6 +45,14 @@ SAME = Op(to_ours=lambda x: (x,), to_theirs=lambda x: x, theirs_shape=lambda sha
 # torch.nn.Linear keeps (out, in), we keep (in, out).
 TRANSPOSE = Op(
     to_ours=lambda x: (x.T,), to_theirs=lambda x: x.T, theirs_shape=lambda shape: shape[::-1]
+)
+
+
+# The experts of a layer, a torch.nn.Linear each; ours are stacked.
+EXPERTS = Op(
+    to_ours=lambda *theirs: (np.stack([x.T for x in theirs]),),
+    to_theirs=lambda x: tuple(expert.T for expert in x),
+    theirs_shape=lambda shape: (shape[:0:-1],) * shape[0],
 )
 
 
@@ -85,12 +94,14 @@ class Entry:
       op: what turns one into the other.
       aliases: further names of the same tensor in their files (tied weights): accepted, checked
         to be equal, not written.
+      layers: the layers that have it, where not all of a stack do.
     """
 
     ours: str | tuple[str, ...]
     theirs: str | tuple[str, ...]
     op: Op = SAME
     aliases: tuple[str, ...] = ()
+    layers: range | None = None
 
 
 class Slot(NamedTuple):
@@ -134,7 +145,9 @@ def transfers(entries: Sequence[Entry], config: Any) -> list[Transfer]:
             slots = tuple(Slot(name, None) for name in ours)
             result.append(Transfer(ours=slots, theirs=theirs, op=entry.op, aliases=entry.aliases))
             continue
-        for layer, (place, index) in enumerate(_slots(config, ours[0].partition("/")[0])):
+        places = _slots(config, ours[0].partition("/")[0])
+        for layer in range(len(places)) if entry.layers is None else entry.layers:
+            place, index = places[layer]
             result.append(
                 Transfer(
                     ours=tuple(Slot(n.replace("/layers/", f"/{place}/"), index) for n in ours),
@@ -156,13 +169,17 @@ def _slots(config: Any, side: str) -> list[tuple[str, int]]:
 
 
 def dense_mlp(block: BlockConfig) -> MlpConfig:
-    """The MLP of a block; UserError where it is a mixture of experts, which no family has yet."""
+    """The MLP of a block; UserError where it is a mixture of experts."""
     if isinstance(block.mlp, MlpConfig):
         return block.mlp
-    raise UserError(
-        f"The model has mixtures of {block.mlp.num_experts} experts, for which there is no adapter "
-        "to Hugging Face: keep it in the format of this system."
-    )
+    raise UserError(f"a mixture of {block.mlp.num_experts} experts is no MLP")
+
+
+def heads_of(block: BlockConfig) -> AttentionConfig:
+    """The attention of a block; UserError where it is a latent one."""
+    if isinstance(block.attention, AttentionConfig):
+        return block.attention
+    raise UserError("latent attention has no key and value heads")
 
 
 def num_layers(config: Any, side: str) -> int:
@@ -206,6 +223,8 @@ class Family:
       ignored: regexes (full match) of their tensors that hold no parameter (buffers).
       renames: (regex, replacement) by `re.sub`, applied in order to the names in their files
         before they are looked up: other spellings of the same checkpoint.
+      plain: `to_config` and `entries` take models without experts, latent attention and leading
+        blocks only.
     """
 
     name: str
@@ -216,6 +235,7 @@ class Family:
     entries: Callable[[Any], list[Entry]]
     ignored: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
+    plain: bool = True
 
     def is_ignored(self, name: str) -> bool:
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)

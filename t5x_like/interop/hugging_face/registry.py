@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from t5x_like.errors import UserError, did_you_mean
-from t5x_like.interop.hugging_face import bert, gemma, gpt, llama, t5
-from t5x_like.interop.hugging_face.adapter import ConfigJson, Family, dense_mlp, transfers
+from t5x_like.interop.hugging_face import bert, deepseek, gemma, gpt, llama, t5
+from t5x_like.interop.hugging_face.adapter import ConfigJson, Family, transfers
+from t5x_like.layers.attention import AttentionConfig
+from t5x_like.layers.mlp import MlpConfig
 from t5x_like.models.stack import as_pattern
 
 # Of families that could say the same model, the first is written.
@@ -18,11 +20,17 @@ FAMILIES: tuple[Family, ...] = (
     *llama.FAMILIES,
     *gemma.FAMILIES,
     *bert.FAMILIES,
+    *deepseek.FAMILIES,
 )
 
 # Fields of our configs that change how a model is run or trained, not what it computes.
 _TRAINING_ONLY = frozenset(
-    {"dtype", "remat", "scan_unroll", "dropout_rate", "broadcast_dropout", "init_stddev"}
+    {
+        *("dtype", "remat", "scan_unroll", "dropout_rate", "broadcast_dropout", "init_stddev"),
+        # Of mixtures of experts.
+        *("balance_loss", "sequence_loss", "z_loss", "bias_rate", "jitter"),
+        *("dispatcher", "group_size", "expert_dropout_rate"),
+    }
 )
 
 
@@ -78,10 +86,12 @@ def their_config(
     Raises:
       UserError: no family computes what this model does; the nearest one and the differences.
     """
-    _refuse_experts(config)
+    plain = _is_plain(config)
     first = [find_family(carried)] if carried else []
     reasons: dict[str, list[str]] = {}
     for family in (*first, *FAMILIES):
+        if family.plain and not plain:
+            continue
         try:
             written = family.to_config(config)
             found = list(differences(config, _read_back(family, written, config)))
@@ -92,19 +102,20 @@ def their_config(
         reasons[family.name] = found
     near = min(reasons, key=lambda name: len(reasons[name]), default=None)
     why = f" (nearest is {near}: {'; '.join(reasons[near])})" if near else ""
-    raise UserError(f"No architecture of Hugging Face that is known here computes this model{why}.")
+    raise UserError(
+        f"No architecture of Hugging Face that is known here computes this model{why}: keep it in "
+        "the format of this system."
+    )
 
 
-def _refuse_experts(config: Any) -> None:
-    """No family has mixtures of experts yet, or leading blocks of another shape."""
-    for pattern in (config.block, getattr(config, "encoder_block", None) or config.block):
-        for block in as_pattern(pattern):
-            dense_mlp(block)
-    if config.leading_blocks:
-        raise UserError(
-            f"The model has {len(config.leading_blocks)} leading_blocks, for which there is no "
-            "adapter to Hugging Face: keep it in the format of this system."
-        )
+def _is_plain(config: Any) -> bool:
+    """Whether `Family.plain` adapters can take it."""
+    sides = (config.block, getattr(config, "encoder_block", None) or config.block)
+    return not config.leading_blocks and all(
+        isinstance(block.attention, AttentionConfig) and isinstance(block.mlp, MlpConfig)
+        for pattern in sides
+        for block in as_pattern(pattern)
+    )
 
 
 def _merge(
