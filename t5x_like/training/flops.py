@@ -5,6 +5,7 @@ Rule: matmul FLOPs of the forward pass, times three for a training step. A matmu
 is causal. Every position of the batch counts, padding included. Rematerialised work, embedding
 look-ups, norms and softmax do not count. A window counts the pairs inside it. Of experts the
 active ones count: k of a token, whether they find room or not; their router counts too.
+Modules of multi-token prediction count, with an output each, as if their objective ran them.
 MFU = FLOPs / (seconds * devices * dense peak).
 """
 
@@ -73,9 +74,11 @@ def forward_flops(model_def: ModelDef, batch_shapes: Mapping[str, tuple[int, ...
             stacked = query.get_value().shape[0] if query.logical_axes[0] == "layers" else 1
             pairs = sizes.batch * sizes.pairs(path, module.config)
             total += pairs * stacked * module.flops_per_pair
-    if getattr(model_def.config, "logits", None) != "dense" and sizes.outputs:
+    if sizes.outputs:
+        tied = getattr(model_def.config, "logits", None) != "dense"
+        times = tied + getattr(model_def.config, "future_depth", 0)
         table = model_def.param_info["token_embedder"]["embedding"]
-        total += 2.0 * sizes.outputs * math.prod(table.shape)
+        total += 2.0 * times * sizes.outputs * math.prod(table.shape)
     return total
 
 
