@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from typing import Any
 
 import pytest
+from flax import traverse_util
+
+from t5x_like.errors import UserError
+from t5x_like.interop.hugging_face import registry
+from t5x_like.interop.hugging_face.adapter import ConfigJson, transfers
+from t5x_like.interop.weights import slots
+from t5x_like.models.base import ModelDef
 
 torch = pytest.importorskip("torch", reason="the oracle is PyTorch's")
 transformers = pytest.importorskip("transformers", reason="the oracle is Hugging Face's")
@@ -56,3 +65,47 @@ def test_parity(name, tmp_path):
             )
     config = check_parity(model, tmp_path, gradients=name == "v3")
     assert config.block.mlp.num_experts == 8
+
+
+def small_json(name: str) -> dict[str, Any]:
+    return model_of(name).config.to_dict()
+
+
+def test_multi_token_prediction_is_a_layer_after_the_last():
+    family, config = registry.our_config(small_json("v3"))
+    config = dataclasses.replace(config, future_depth=1)
+    found, written = registry.their_config(config)
+    table = transfers(family.entries(config), config)
+    info = traverse_util.flatten_dict(ModelDef(config).param_info, sep="/")
+    rows = Counter(slot for t in table for slot in t.ours)
+    assert rows == Counter(slot for n, i in info.items() for slot in slots(n, i))
+    names = frozenset(name for t in table for name in t.theirs)
+    last = {name.removeprefix("model.layers.4.") for name in names if "layers.4." in name}
+    block = {name.removeprefix("model.layers.3.") for name in names if "layers.3." in name}
+    # As in model.safetensors.index.json of deepseek-ai/DeepSeek-V3, for its layer 61.
+    assert last - block == {
+        *("enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight")
+    }
+    assert block < last
+    copies = {alias for t in table for alias in t.aliases}
+    assert {f"model.layers.4.{n}.weight" for n in ("embed_tokens", "shared_head.head")} == copies
+    assert found is family
+    assert not list(registry.differences(family.from_config(ConfigJson(written, names)), config))
+    without = family.from_config(ConfigJson(written, names - {"model.layers.4.eh_proj.weight"}))
+    assert without.future_depth == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("v3", {"quantization_config": {"quant_method": "fp8"}}, "dequantise them first"),
+        ("v3", {"topk_method": "greedy"}, "'topk_method' 'greedy' is not supported, only noaux_tc"),
+        ("v3", {"attention_bias": True}, "'attention_bias' True is not supported, only False"),
+        ("v3", {"first_k_dense_replace": 4}, "a DeepSeek model without experts"),
+        ("lite", {"norm_topk_prob": True}, "'norm_topk_prob' is ignored for deepseek_v2"),
+        ("lite", {"scoring_func": "sigmoid"}, "'scoring_func' 'sigmoid' is not supported"),
+    ],
+)
+def test_refused(name, change, message):
+    with pytest.raises(UserError, match=message):
+        registry.our_config({**small_json(name), **change})

@@ -5,6 +5,7 @@ Counted from abstract shapes: no memory is taken.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -54,6 +55,18 @@ def test_counts(resolve, name):
     model = ModelDef(config)
     assert model.num_params == TOTAL[name]
     assert active(model, config) == pytest.approx(ACTIVE[name], rel=0.025)
+
+
+def test_multi_token_prediction(resolve):
+    """The 685B of the files, which have copies of the embedding table and the output kernel, too.
+
+    Of the module README_WEIGHTS.md there says 11.5B, which is its block; 11.61B with the projection.
+    """
+    config = resolve("deepseek_v3/v3")
+    with_module = ModelDef(dataclasses.replace(config, future_depth=1)).num_params
+    assert with_module - TOTAL["deepseek_v3/v3"] == pytest.approx(11.61e9, rel=0.001)
+    copies = 2 * config.vocab_size * config.block.embed_dim
+    assert with_module + copies == pytest.approx(685e9, rel=0.001)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v2/v2", "deepseek_v3/v3"])

@@ -146,7 +146,7 @@ def transfers(entries: Sequence[Entry], config: Any) -> list[Transfer]:
             result.append(Transfer(ours=slots, theirs=theirs, op=entry.op, aliases=entry.aliases))
             continue
         places = _slots(config, ours[0].partition("/")[0])
-        for layer in range(len(places)) if entry.layers is None else entry.layers:
+        for layer in places if entry.layers is None else entry.layers:
             place, index = places[layer]
             result.append(
                 Transfer(
@@ -163,9 +163,13 @@ def _tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
 
-def _slots(config: Any, side: str) -> list[tuple[str, int]]:
+def _slots(config: Any, side: str) -> dict[int, tuple[str, int]]:
+    """Number of each layer -> its place; modules of multi-token prediction count on."""
+    if side == "future":
+        return {config.num_layers + k: ("layers", k) for k in range(config.future_depth)}
     block = (getattr(config, "encoder_block", None) if side == "encoder" else None) or config.block
-    return layer_slots(block, num_layers(config, side), config.leading_blocks)
+    slots = layer_slots(block, num_layers(config, side), config.leading_blocks)
+    return dict(enumerate(slots))
 
 
 def dense_mlp(block: BlockConfig) -> MlpConfig:

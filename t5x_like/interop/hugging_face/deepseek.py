@@ -1,4 +1,7 @@
-"""DeepSeek-V2 and V3: latent attention, and experts after some dense layers."""
+"""DeepSeek-V2 and V3: latent attention, and experts after some dense layers.
+
+The files of V3 go on with a layer for multi-token prediction, which transformers does not read.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,6 @@ from t5x_like.interop.hugging_face.adapter import (
     their_activation,
 )
 from t5x_like.interop.hugging_face.llama import (
-    ATTENTION,
     LAYER,
     NORMS,
     linear,
@@ -41,6 +43,12 @@ from t5x_like.models.block import BlockConfig
 from t5x_like.models.decoder_only import DecoderOnlyConfig
 
 Router = TopKRouter | SigmoidRouter
+_FUTURE = "future/layers"
+_FUTURE_NORMS = {
+    "embedding_norm": "enorm",
+    "hidden_norm": "hnorm",
+    "norm": "shared_head.norm",
+}
 _PROJECTIONS = {"wi_0": "gate_proj", "wi_1": "up_proj", "wo": "down_proj"}
 
 
@@ -155,7 +163,12 @@ def _v3(config: ConfigJson) -> DecoderOnlyConfig:
         scale=config.get("routed_scaling_factor", 2.5),
         sequence_loss=config.get("aux_loss_alpha", 0.0001),
     )
-    return _decoder(config, router, interleaved=config.get("rope_interleave", True))
+    decoder = _decoder(config, router, interleaved=config.get("rope_interleave", True))
+    # transformers writes 'num_nextn_predict_layers' whether there is such a layer or not.
+    first, tensors = decoder.num_layers, config.tensors or frozenset()
+    numbers = range(first, first + config.get("num_nextn_predict_layers", 0))
+    depth = sum(f"model.layers.{layer}.eh_proj.weight" in tensors for layer in numbers)
+    return dataclasses.replace(decoder, future_depth=depth)
 
 
 # ---- Ours -> config.json.
@@ -239,6 +252,7 @@ def _v3_json(config: Any) -> dict[str, Any]:
         "topk_method": "noaux_tc",
         "scoring_func": "sigmoid",
         "aux_loss_alpha": router.sequence_loss,
+        "num_nextn_predict_layers": config.future_depth,
         "rope_interleave": config.block.attention.positions.interleaved,
     }
 
@@ -265,33 +279,33 @@ def _heads(num_heads: int, dims: tuple[int, int]) -> Op:
 
 
 def _block_entries(
-    attention: LatentAttentionConfig, moe: MoeConfig, *, dense: range, sparse: range
+    block: str, attention: LatentAttentionConfig, moe: MoeConfig, *, dense: range, sparse: range
 ) -> list[Entry]:
-    """The layers of the decoder."""
+    """The layers that are called `block` here."""
     theirs = "model.layers.{layer}"
-    entries = [e for ours, name in NORMS.items() for e in norm(f"{LAYER}/{ours}", name)]
-    entries += _attention_entries(attention, ATTENTION, f"{theirs}.self_attn")
+    entries = [e for ours, name in NORMS.items() for e in norm(f"{block}/{ours}", name)]
+    entries += _attention_entries(attention, f"{block}/self_attention", f"{theirs}.self_attn")
 
     def mlp(ours: str, name: str) -> list[Entry]:
         return [
             Entry(
-                f"{LAYER}/mlp/{ours}{one}/kernel", f"{theirs}.mlp.{name}{other}.weight", TRANSPOSE
+                f"{block}/mlp/{ours}{one}/kernel", f"{theirs}.mlp.{name}{other}.weight", TRANSPOSE
             )
             for one, other in _PROJECTIONS.items()
         ]
 
     of_experts = mlp("shared/", "shared_experts.") + [
         Entry(
-            f"{LAYER}/mlp/experts/{ours}/kernel",
+            f"{block}/mlp/experts/{ours}/kernel",
             tuple(f"{theirs}.mlp.experts.{e}.{name}.weight" for e in range(moe.num_experts)),
             EXPERTS,
         )
         for ours, name in _PROJECTIONS.items()
     ]
-    of_experts += linear(f"{LAYER}/mlp/router", f"{theirs}.mlp.gate")
+    of_experts += linear(f"{block}/mlp/router", f"{theirs}.mlp.gate")
     if isinstance(moe.router, SigmoidRouter):
         bias = f"{theirs}.mlp.gate.e_score_correction_bias"
-        of_experts.append(Entry(f"{LAYER}/mlp/router/balance_bias", bias))
+        of_experts.append(Entry(f"{block}/mlp/router/balance_bias", bias))
     entries += [dataclasses.replace(entry, layers=dense) for entry in mlp("", "")]
     return entries + [dataclasses.replace(entry, layers=sparse) for entry in of_experts]
 
@@ -324,9 +338,30 @@ def _attention_entries(config: LatentAttentionConfig, ours: str, theirs: str) ->
 
 def _entries(config: DecoderOnlyConfig) -> list[Entry]:
     _, attention, moe, _ = _parts(config)
-    first = len(config.leading_blocks)
-    layers = {"dense": range(first), "sparse": range(first, config.num_layers)}
-    return [*outer_entries(config), *_block_entries(attention, moe, **layers)]
+    first, last = len(config.leading_blocks), config.num_layers
+    further = range(last, last + config.future_depth)
+    return [
+        *(_with_copies(entry, further) for entry in outer_entries(config)),
+        *_block_entries(LAYER, attention, moe, dense=range(first), sparse=range(first, last)),
+        *_block_entries(f"{_FUTURE}/block", attention, moe, dense=range(0), sparse=further),
+        *(
+            entry
+            for ours, name in _FUTURE_NORMS.items()
+            for entry in norm(f"{_FUTURE}/{ours}", f"model.layers.{{layer}}.{name}")
+        ),
+        *linear(f"{_FUTURE}/projection", "model.layers.{layer}.eh_proj"),
+    ]
+
+
+def _with_copies(entry: Entry, layers: range) -> Entry:
+    """Each module of multi-token prediction has copies of the token table and the output kernel."""
+    copies = {
+        "model.embed_tokens.weight": "embed_tokens.weight",
+        "lm_head.weight": "shared_head.head.weight",
+    }
+    names = [copies[str(name)] for name in (entry.theirs, *entry.aliases) if name in copies]
+    more = [f"model.layers.{layer}.{name}" for layer in layers for name in names]
+    return dataclasses.replace(entry, aliases=(*entry.aliases, *more))
 
 
 def _family(
