@@ -103,7 +103,7 @@ def _write_own(weights: Weights, directory: Path, *, dtype: np.dtype | None) -> 
     writer = own.OwnWriter(
         directory,
         weights.param_info,
-        {name: dtype or stored for name, stored in weights.dtypes.items()},
+        _dtypes(weights, dtype),
         step=weights.step,
         metadata={"gin": text, "converted_from": origin, "t5x_like": t5x_like.__version__},
     )
@@ -125,12 +125,13 @@ def _write_hugging_face(
     family, config_json = registry.their_config(weights.config, carried=_config_json(weights))
     table = transfers(family.entries(weights.config), weights.config)
     specs: dict[str, Spec] = {}
+    dtypes = _dtypes(weights, dtype)
     for t in table:
-        stored = {weights.dtypes[slot.name] for slot in t.ours}
+        stored = {dtypes[slot.name] for slot in t.ours}
         kept = stored.pop() if len(stored) == 1 else np.dtype(np.float32)
         for name, shape in zip(t.theirs, t.theirs_shapes(weights.param_info), strict=True):
             for written in (name, *t.copies):
-                specs[written] = Spec(shape, dtype_name(dtype or kept))
+                specs[written] = Spec(shape, dtype_name(kept))
     writer = TensorWriter(directory, specs, shard_bytes=shard_bytes)
     for t in table:
         theirs = t.to_theirs(*[weights.read(slot) for slot in t.ours])
@@ -143,6 +144,14 @@ def _write_hugging_face(
     main = max(specs.values(), key=lambda spec: int(np.prod(spec.shape))).dtype
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
     _write_json(directory / CONFIG, {**config_json, "torch_dtype": names[main]})
+
+
+def _dtypes(weights: Weights, wanted: np.dtype | None) -> dict[str, np.dtype]:
+    """In which every parameter is written; what is not trained (a balance bias) stays exact."""
+    return {
+        name: wanted if wanted is not None and weights.param_info[name].trained else stored
+        for name, stored in weights.dtypes.items()
+    }
 
 
 def _config_json(weights: Weights) -> dict[str, Any] | None:

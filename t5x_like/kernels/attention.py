@@ -88,7 +88,7 @@ class GlobalKeys:
 def attention(
     query: Float[Array, "batch query heads head_dim"],
     key: Float[Array, "batch key kv_heads head_dim"],
-    value: Float[Array, "batch key kv_heads head_dim"],
+    value: Float[Array, "batch key kv_heads value_dim"],
     *,
     mask: AttentionMask,
     bias: PositionBias | Float[Array, "#batch heads query key"] | None = None,
@@ -97,7 +97,7 @@ def attention(
     sinks: Float[Array, " heads"] | None = None,
     global_keys: GlobalKeys | None = None,
     dropout: DropoutMask | None = None,
-) -> Float[Array, "batch query heads head_dim"]:
+) -> Float[Array, "batch query heads value_dim"]:
     """`softmax(cap(scale * query . key + bias), masked) . value`, softmax in float32.
 
     `heads` is a multiple of `kv_heads`; consecutive query heads share a key and value head
@@ -138,14 +138,14 @@ def attention(
 def cached_attention(
     query: Float[Array, "rows query heads head_dim"],
     key: Float[Array, "rows kv_heads key head_dim"],
-    value: Float[Array, "rows kv_heads key head_dim"],
+    value: Float[Array, "rows kv_heads key value_dim"],
     *,
     allowed: Bool[Array, "#rows #query key"],
     bias: Float[Array, "#rows heads #query key"] | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
     sinks: Float[Array, " heads"] | None = None,
-) -> Float[Array, "rows query heads head_dim"]:
+) -> Float[Array, "rows query heads value_dim"]:
     """`attention` over keys and values that lie heads first, as a cache holds them."""
     query = (query * scale if scale != 1.0 else query).swapaxes(1, 2)
     out = _softmax_average(query, key, value, bias, allowed[:, None], None, sinks, softcap)

@@ -195,6 +195,12 @@ class Attention(nnx.Module):
                 dtype=dtype,
             )
 
+    @property
+    def flops_per_pair(self) -> int:
+        """Multiplications and additions of one query with one key and its value, all heads."""
+        products = 3 if hasattr(self, "xl_positions") else 2  # scores, values, distances
+        return 2 * products * self.config.num_heads * self.config.head_dim
+
     def _project(self, name: str, x: jax.Array) -> jax.Array:
         """[B, L, embed] -> [B, L, heads of that projection, head_dim]."""
         y = checkpoint_name(getattr(self, name)(x), name)

@@ -97,19 +97,20 @@ class KeyValues:
 
     Attributes:
       key, value: heads first; the `beams` of a slot are neighbours on the axis of keys. Rotated
-        and normalised, as attention uses them.
+        and normalised, as attention uses them. Of latent attention: the key and the latent that
+        all heads share.
       relative: Transformer-XL's keys of distances 0, 1, ..., or None.
     """
 
     key: Float[Array, "*layers rows kv_heads keys head_dim"]
-    value: Float[Array, "*layers rows kv_heads keys head_dim"]
+    value: Float[Array, "*layers rows kv_heads keys value_dim"]
     relative: Float[Array, "*layers slots heads head_dim"] | None = None
 
     @classmethod
     def of_prompt(
         cls,
         key: Float[Array, "batch prompt kv_heads head_dim"],
-        value: Float[Array, "batch prompt kv_heads head_dim"],
+        value: Float[Array, "batch prompt kv_heads value_dim"],
         *,
         shape: CacheShape,
         window: int | None,
@@ -132,7 +133,7 @@ class KeyValues:
     def write(
         self,
         key: Float[Array, "rows beams kv_heads head_dim"],
-        value: Float[Array, "rows beams kv_heads head_dim"],
+        value: Float[Array, "rows beams kv_heads value_dim"],
         *,
         layer: Int[Array, ""] | None,
         slot: Int[Array, ""],

@@ -18,7 +18,7 @@ class Linear(nnx.Module):
         self,
         shape: tuple[int, int],
         *,
-        logical_axes: tuple[str, str],
+        logical_axes: tuple[str, str | None],
         initializer: Initializer,
         use_bias: bool,
         dtype: jnp.dtype,

@@ -25,6 +25,7 @@ from t5x_like.layers.checks import (
     check_positive_ints,
 )
 from t5x_like.layers.dropout import dropout, fold_key
+from t5x_like.layers.latent_attention import LatentAttention, LatentAttentionConfig
 from t5x_like.layers.mlp import Mlp, MlpConfig
 from t5x_like.layers.moe.layer import Auxiliary, MoeConfig
 from t5x_like.layers.norms import Norm, NormConfig
@@ -42,7 +43,7 @@ class BlockConfig:
       embed_dim: width of the residual stream.
       attention, mlp, norm: its layers.
       cross_attention: attention over the encoder's output, where there is one; None for the
-        projections of `attention` without its positions and windows.
+        projections of `attention` without its positions and windows (not of a latent one).
       norm_placement: `pre` is `x + f(norm(x))`, `post` is `norm(x + f(x))` (BERT), `sandwich` is
         `x + norm(f(norm(x)))` (Gemma 2).
       residual: `sequential`; or attention and MLP side by side on the same input, `parallel` with
@@ -55,7 +56,7 @@ class BlockConfig:
     """
 
     embed_dim: int
-    attention: AttentionConfig
+    attention: AttentionConfig | LatentAttentionConfig
     mlp: MlpConfig | MoeConfig
     norm: NormConfig = NormConfig()
     cross_attention: AttentionConfig | None = None
@@ -67,7 +68,7 @@ class BlockConfig:
 
     def __post_init__(self) -> None:
         check_positive_ints(self, "embed_dim")
-        check_instance(self, "attention", AttentionConfig)
+        check_instance(self, "attention", AttentionConfig, LatentAttentionConfig)
         check_instance(self, "cross_attention", AttentionConfig, type(None))
         check_instance(self, "mlp", MlpConfig, MoeConfig)
         check_instance(self, "norm", NormConfig)
@@ -133,14 +134,16 @@ class Block(nnx.Module):
             inits["kernel_init"] = jax.nn.initializers.normal(config.init_stddev)
             inits["out_init"] = jax.nn.initializers.normal(out_stddev)
         self._add_norms(self.self_name, **width)
-        setattr(
-            self, self.self_name, Attention(config.attention, norm=config.norm, **width, **inits)
-        )
+        attention: Attention | LatentAttention
+        if isinstance(config.attention, LatentAttentionConfig):
+            attention = LatentAttention(config.attention, **width, **inits)
+        else:
+            attention = Attention(config.attention, norm=config.norm, **width, **inits)
+        setattr(self, self.self_name, attention)
         if cross_attention:
             self._add_norms("cross_attention", **width)
-            over_context = config.cross_attention or config.attention.for_context()
             self.encoder_decoder_attention = Attention(
-                over_context, norm=config.norm, **width, **inits
+                _over_context(config), norm=config.norm, **width, **inits
             )
         if config.residual != "parallel_shared_norm":
             self._add_norms("mlp", **width)
@@ -278,8 +281,8 @@ class Block(nnx.Module):
         return self._residual(x, attend_self, attend_context, feed_forward), written
 
     @property
-    def _self_attention(self) -> Attention:
-        attention: Attention = getattr(self, self.self_name)
+    def _self_attention(self) -> Attention | LatentAttention:
+        attention: Attention | LatentAttention = getattr(self, self.self_name)
         return attention
 
     def _with_bias(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -330,3 +333,15 @@ class Block(nnx.Module):
         if placement == "post":
             x = self._norm(f"post_{name}", x)
         return constrain(x, ("batch", "length", "embed"))
+
+
+def _over_context(config: BlockConfig) -> AttentionConfig:
+    """The cross-attention of a block."""
+    if config.cross_attention is not None:
+        return config.cross_attention
+    if isinstance(config.attention, LatentAttentionConfig):
+        raise UserError(
+            "BlockConfig.cross_attention is None and attention a LatentAttentionConfig, which is "
+            "for self-attention only; give cross_attention an AttentionConfig"
+        )
+    return config.attention.for_context()

@@ -32,6 +32,7 @@ SAVEABLE_NAMES = (
     "query",
     "key",
     "value",
+    "latent",
     "attention_weights",
     "attention",
     "attention_out",

@@ -149,7 +149,11 @@ class Transformer(nnx.Module):
             )
 
     def _linear(
-        self, shape: tuple[int, int], *, logical_axes: tuple[str, str], use_bias: bool = False
+        self,
+        shape: tuple[int, int],
+        *,
+        logical_axes: tuple[str, str | None],
+        use_bias: bool = False,
     ) -> Linear:
         """A projection outside of the blocks, initialised as they are."""
         stddev = self.config.first_block.init_stddev

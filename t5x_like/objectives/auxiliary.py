@@ -16,12 +16,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from t5x_like.layers.moe.layer import Auxiliary
+from t5x_like.models.future import has_future
 from t5x_like.models.padding import real_tokens
 
 Auxiliaries = dict[str, Auxiliary]
 SummedMetrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 
-STACKS = ("encoder", "decoder")
+STACKS = ("encoder", "decoder", "future")
 # Before the path of the layers: the metric that holds the load of each of their experts.
 LOADS = "moe_loads/"
 
@@ -52,12 +53,20 @@ def auxiliary_loss(
     total = jnp.float32(0)
     num_layers = sum(len(auxiliary.load) for auxiliary in auxiliaries.values())
     for path, auxiliary in auxiliaries.items():
-        real = real_tokens(whole_batch, stack=path.split("/")[0])
-        assert real is not None
-        tokens = jnp.sum(real)
-        loss = jnp.sum(auxiliary.sums["auxiliary_loss"][0])
-        total += loss * (divisor / (jnp.maximum(tokens, 1) * num_layers))
+        tokens = _tokens(path, whole_batch, layers=len(auxiliary.load))
+        loss = jnp.sum(auxiliary.sums["auxiliary_loss"][0] / jnp.maximum(tokens, 1))
+        total += loss * (divisor / num_layers)
     return total
+
+
+def _tokens(path: str, batch: Mapping[str, Array], *, layers: int) -> Float[Array, "#layers"]:
+    """How many tokens of the batch each of the layers at `path` works on."""
+    stack = path.split("/")[0]
+    if stack == "future":
+        return jnp.sum(has_future(batch, depth=layers), axis=(1, 2), dtype=jnp.float32)
+    real = real_tokens(batch, stack=stack)
+    assert real is not None
+    return jnp.sum(real, dtype=jnp.float32)[None]
 
 
 def auxiliary_metrics(auxiliaries: Auxiliaries) -> SummedMetrics:

@@ -42,6 +42,8 @@ def rebalance(
       keep: True leaves the bias alone, for a step that is skipped.
     """
     for path, rate in rates.items():
+        if path not in loads:  # modules of multi-token prediction that the objective does not run
+            continue
         load = loads[path]
         step = rate * jnp.sign(jnp.mean(load, axis=1, keepdims=True) - load)
         names = [*path.split("/"), "mlp", "router", "balance_bias"]

@@ -5,6 +5,7 @@ Rule: matmul FLOPs of the forward pass, times three for a training step. A matmu
 is causal. Every position of the batch counts, padding included. Rematerialised work, embedding
 look-ups, norms and softmax do not count. A window counts the pairs inside it. Of experts the
 active ones count: k of a token, whether they find room or not; their router counts too.
+Modules of multi-token prediction count, with an output each, as if their objective ran them.
 MFU = FLOPs / (seconds * devices * dense peak).
 """
 
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_like.layers.attention import Attention, AttentionConfig
+from t5x_like.layers.latent_attention import LatentAttention, LatentAttentionConfig
 from t5x_like.layers.linear import Linear
 from t5x_like.layers.moe.layer import Moe
 from t5x_like.models.base import ModelDef
@@ -67,15 +69,16 @@ def forward_flops(model_def: ModelDef, batch_shapes: Mapping[str, tuple[int, ...
             total += 2.0 * sizes.rows(path) * weights
         elif isinstance(module, Moe):
             total += 2.0 * sizes.rows(path) * _active_weights(module)
-        elif isinstance(module, Attention):
+        elif isinstance(module, Attention | LatentAttention):
             query = module.query.kernel
             stacked = query.get_value().shape[0] if query.logical_axes[0] == "layers" else 1
-            products = 3 if hasattr(module, "xl_positions") else 2  # scores, values, distances
             pairs = sizes.batch * sizes.pairs(path, module.config)
-            total += 2.0 * products * pairs * stacked * query.get_value().shape[-1]
-    if getattr(model_def.config, "logits", None) != "dense" and sizes.outputs:
+            total += pairs * stacked * module.flops_per_pair
+    if sizes.outputs:
+        tied = getattr(model_def.config, "logits", None) != "dense"
+        times = tied + getattr(model_def.config, "future_depth", 0)
         table = model_def.param_info["token_embedder"]["embedding"]
-        total += 2.0 * sizes.outputs * math.prod(table.shape)
+        total += 2.0 * times * sizes.outputs * math.prod(table.shape)
     return total
 
 
@@ -129,7 +132,7 @@ class _Sizes:
         on_encoder = first.startswith("encoder") or of_context
         return self.batch * (self.encoder if on_encoder else self.decoder)
 
-    def pairs(self, path: str, config: AttentionConfig) -> float:
+    def pairs(self, path: str, config: AttentionConfig | LatentAttentionConfig) -> float:
         """Pairs of query and key in one row of the batch; half of the square if causal."""
         if path.endswith("encoder_decoder_attention"):
             return float(self.decoder * self.encoder)

@@ -25,6 +25,7 @@ EXPECTED = {
     "classification": ("bert", "ClassificationConverter", "Classification"),
     "masked_lm": ("bert", "MaskedLmConverter", "MaskedLm"),
     "masked_lm_next_sentence": ("bert", "NextSentenceConverter", "MaskedLm"),
+    "multi_token_lm": ("gpt2", "LMConverter", "MultiTokenLm"),
     "prefix_lm": ("gpt2", "PrefixLMConverter", "CausalLm"),
     "seq2seq": ("t5_1_1", "EncDecConverter", "Seq2Seq"),
     "seq2seq_public_t5": ("t5_1_1", "EncDecConverter", "Seq2Seq"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from t5x_like.layers.attention import AttentionConfig
+from t5x_like.layers.latent_attention import LatentAttentionConfig
 from t5x_like.layers.mlp import MlpConfig
 from t5x_like.layers.moe.layer import MoeConfig
 from t5x_like.layers.moe.routers import HashRouter, SigmoidRouter
@@ -35,6 +36,12 @@ def block(attention: dict[str, Any] | None = None, *, mlp: Any = MLP, **fields: 
     defaults = {"num_heads": 4, "head_dim": 8, "logit_scale": "rsqrt_head_dim"}
     attend = AttentionConfig(**(defaults | (attention or {})))
     return BlockConfig(embed_dim=16, attention=attend, mlp=mlp, **fields)
+
+
+def latent_block(**fields: Any) -> BlockConfig:
+    dims = {"head_dim": 8, "rotary_dim": 4, "value_dim": 6, "latent_dim": 10}
+    attention = LatentAttentionConfig(num_heads=4, **dims, **fields)
+    return BlockConfig(embed_dim=16, attention=attention, mlp=MLP)
 
 
 def experts(router: Any, **fields: Any) -> MoeConfig:
@@ -138,6 +145,16 @@ CONFIGS: dict[str, Any] = {
         in_block={"mlp": experts(SigmoidRouter(k=2), shared_expert=MlpConfig(mlp_dim=8))},
         leading_blocks=(block(rope()),),
         num_layers=3,
+    ),
+    "latent": decoder(
+        block=latent_block(
+            query_dim=12,
+            mscale=0.7,
+            **rope(YarnScaling(factor=4.0, original_length=8), interleaved=True),
+        ),
+    ),
+    "latent_relative": decoder(
+        block=latent_block(), positions=RelativePositionsConfig(num_buckets=8, max_distance=16)
     ),
     "hashed_experts_in_turn": encoder_decoder(
         block=tuple(

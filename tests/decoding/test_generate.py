@@ -71,6 +71,7 @@ def assert_same(actual: Generated, expected: Generated) -> None:
         ("t5", BEAMS),
         ("windows_in_turn", SAMPLES),
         ("windows_in_turn", BEAMS),
+        ("latent", BEAMS),
         ("dynamic", GREEDY),
         ("transformer_xl_window", BEAMS),
     ],

@@ -36,6 +36,7 @@ MODELS = {
         f"gin/models/{name}.gin": LM
         for name in (
             *("chinchilla/70b", "falcon/40b", "gemma1/2b", "gemma2/2b", "gemma3/1b", "gopher/44m"),
+            *("deepseek_v2/lite", "deepseek_v3/v3"),
             *("gpt1/117m", "gpt2/1_3b", "gpt3/small", "gpt_j/6b", "gpt_neox/pythia_14m"),
             *("lamda/2b", "llama1/7b", "llama2/70b", "llama3/8b", "llama3_1/405b", "llama3_2/1b"),
             *("mistral/7b_v0_1", "palm/8b", "phi3/mini_128k", "qwen1_5/0_5b", "qwen2_5/0_5b"),

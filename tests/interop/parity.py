@@ -7,6 +7,7 @@ it here, converts it back and loads it there again.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -223,13 +224,15 @@ def compare_gradients(
         (logits * torch.tensor(weight[: len(logits)])).sum().backward()
     grads = jax.jit(jax.grad(lambda p: jnp.sum(ours.bind(p)(batch) * weights)))(params)
     grads = {n: np.asarray(g) for n, g in traverse_util.flatten_dict(grads, sep="/").items()}
-    theirs = {  # Nothing went through an expert that no token has chosen.
-        name: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy()
-        for name, p in model.named_parameters()
+    theirs = dict(their_gradients(model))
+    state = {
+        n for n, i in traverse_util.flatten_dict(ours.param_info, sep="/").items() if not i.trained
     }
     checkpoint = HuggingFaceCheckpoint(hf)
     pairs = {}
     for t in transfers(checkpoint.family.entries(ours.config), ours.config):
+        if {slot.name for slot in t.ours} <= state:
+            continue
         values = [grads[s.name] if s.row is None else grads[s.name][s.row] for s in t.ours]
         for name, value in zip(t.theirs, t.to_theirs(*values), strict=True):
             known = next((n for n in (name, *t.aliases) if n in theirs), name)
@@ -238,6 +241,22 @@ def compare_gradients(
     for name, (value, expected) in pairs.items():
         scale = max(np.linalg.norm(expected), floor * largest)
         assert np.linalg.norm(value - expected) <= GRADIENT_TOLERANCE * scale, name
+
+
+def their_gradients(model: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """By the names in files, where the experts of a layer are not stacked."""
+    for name, parameter in model.named_parameters():
+        # Nothing went through an expert that no token has chosen.
+        untouched = np.zeros(parameter.shape, np.float32)
+        grad = untouched if parameter.grad is None else parameter.grad.numpy()
+        prefix, _, last = name.rpartition(".")
+        if prefix.endswith(".experts") and last in ("gate_up_proj", "down_proj"):
+            parts = last.replace("gate_up_proj", "gate_proj up_proj").split()
+            for expert, of_expert in enumerate(grad):
+                for part, value in zip(parts, np.split(of_expert, len(parts)), strict=True):
+                    yield f"{prefix}.{expert}.{part}.weight", value
+        else:
+            yield name, grad
 
 
 def read_tensors(directory: Path) -> dict[str, np.ndarray]:

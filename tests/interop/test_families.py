@@ -25,6 +25,8 @@ REPOSITORY = Path(__file__).parents[2]
 WRITTEN_AS = {
     "bert": "BertForPreTraining",
     "byt5": "T5ForConditionalGeneration",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
     "falcon": "FalconForCausalLM",
     "flan_t5": "T5ForConditionalGeneration",
     "gemma1": "GemmaForCausalLM",

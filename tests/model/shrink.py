@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from t5x_like.layers.attention import AttentionConfig
+from t5x_like.layers.latent_attention import LatentAttentionConfig
 from t5x_like.layers.mlp import MlpConfig
 from t5x_like.layers.moe.layer import MoeConfig
-from t5x_like.layers.moe.routers import TopKRouter
 from t5x_like.layers.positions import LearnedPositionsConfig
 from t5x_like.layers.rope import LongRopeScaling, RopeConfig
 from t5x_like.models.block import BlockConfig
@@ -21,14 +20,14 @@ WINDOW = 3
 def shrunk(config: Any) -> Any:
     """`config` with few, narrow layers: a whole pattern and one layer more."""
     values: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "dtype": "float32", "remat": "none"}
-    for name in ("block", "encoder_block"):
+    for name in ("block", "encoder_block", "leading_blocks"):
         blocks = getattr(config, name, None)
-        if blocks is not None:
+        if blocks:
             small = tuple(_block(block) for block in as_pattern(blocks))
             values[name] = small if isinstance(blocks, tuple) else small[0]
     for name in ("num_layers", "num_encoder_layers", "num_decoder_layers"):
         if hasattr(config, name):
-            values[name] = len(as_pattern(config.block)) + 1
+            values[name] = len(config.leading_blocks) + len(as_pattern(config.block)) + 1
     if isinstance(config.positions, LearnedPositionsConfig):
         values["positions"] = dataclasses.replace(config.positions, max_length=32)
     return dataclasses.replace(config, **values)
@@ -47,13 +46,15 @@ def _block(block: BlockConfig) -> BlockConfig:
 def _mlp(mlp: MlpConfig | MoeConfig) -> Any:
     if isinstance(mlp, MlpConfig):
         return dataclasses.replace(mlp, mlp_dim=32)
-    router = mlp.router
-    if isinstance(router, TopKRouter):
-        router = dataclasses.replace(router, k=min(router.k, 3))
-    return dataclasses.replace(mlp, num_experts=4, expert=_mlp(mlp.expert), router=router)
+    shared = mlp.shared_expert and _mlp(mlp.shared_expert)
+    return dataclasses.replace(mlp, num_experts=16, expert=_mlp(mlp.expert), shared_expert=shared)
 
 
-def _attention(attention: AttentionConfig) -> AttentionConfig:
+def _attention(attention: Any) -> Any:
+    if isinstance(attention, LatentAttentionConfig):
+        dims = {"head_dim": 8, "rotary_dim": 4, "value_dim": 6, "latent_dim": 12}
+        query_dim = attention.query_dim and 10
+        return dataclasses.replace(attention, num_heads=4, query_dim=query_dim, **dims)
     kv_heads = attention.num_kv_heads
     if kv_heads is not None:
         kv_heads = {1: 1, attention.num_heads: 4}.get(kv_heads, 2)

@@ -44,13 +44,12 @@ PUBLISHED = {
 }
 # Sizes of our own, for two CPU cores and for benchmarks.
 OWN = {"t5_1_1/tiny", "gpt2/tiny", "gpt2/1_3b"}
-# Families whose sizes other tests count: test_counts_gpt, test_counts_llama, test_counts_moe,
-# tests/encoder_only.
+# Families whose sizes other tests count: test_counts_*, tests/encoder_only.
 COUNTED_ELSEWHERE = {
     *(name.partition("/")[0] for name in counts_gpt.PUBLISHED),
     *counts_llama.PUBLISHED,
     *test_counts_moe.FAMILIES,
-    *("bert", "roberta"),
+    *("bert", "roberta", "deepseek_v2", "deepseek_v3"),
 }
 
 

@@ -115,6 +115,7 @@ CASES: list[tuple[Any, str, dict[str, Any]]] = [
             "remat": "minimal",
             "scan_unroll": 2,
             "num_layers": 3,
+            "future_depth": 1,
         },
     ),
     (SEQ2SEQ, "positions", {"num_buckets": 16, "max_distance": 20, "per_layer": True}),

@@ -16,7 +16,9 @@ from t5x_like.parallel.logical import Rules
 
 EMBED = 8
 TENSOR_AXES = dict.fromkeys(("vocab", "heads", "kv_heads", "mlp"), "tensor")
-WHOLE_AXES = dict.fromkeys(("layers", "relpos_buckets", "positions", "length", "head_dim"))
+WHOLE_AXES = dict.fromkeys(
+    ("layers", "relpos_buckets", "positions", "length", "head_dim", "latent")
+)
 RULES = Rules(
     storage={**WHOLE_AXES, **TENSOR_AXES, "experts": "expert", "embed": ("fsdp", "expert")},
     compute={

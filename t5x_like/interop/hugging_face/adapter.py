@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from t5x_like.errors import UserError, did_you_mean
+from t5x_like.layers.attention import AttentionConfig
 from t5x_like.layers.mlp import MlpConfig
 from t5x_like.models.block import BlockConfig
 from t5x_like.models.stack import Pattern, as_pattern, layer_slots
@@ -44,6 +45,14 @@ SAME = Op(to_ours=lambda x: (x,), to_theirs=lambda x: x, theirs_shape=lambda sha
 # torch.nn.Linear keeps (out, in), we keep (in, out).
 TRANSPOSE = Op(
     to_ours=lambda x: (x.T,), to_theirs=lambda x: x.T, theirs_shape=lambda shape: shape[::-1]
+)
+
+
+# The experts of a layer, a torch.nn.Linear each; ours are stacked.
+EXPERTS = Op(
+    to_ours=lambda *theirs: (np.stack([x.T for x in theirs]),),
+    to_theirs=lambda x: tuple(expert.T for expert in x),
+    theirs_shape=lambda shape: (shape[:0:-1],) * shape[0],
 )
 
 
@@ -94,7 +103,7 @@ class Entry:
     op: Op = SAME
     aliases: tuple[str, ...] = ()
     copied: bool = False
-    layers: tuple[int, ...] | None = None
+    layers: Sequence[int] | None = None
 
 
 class Slot(NamedTuple):
@@ -143,9 +152,9 @@ def transfers(entries: Sequence[Entry], config: Any) -> list[Transfer]:
             names = {"aliases": entry.aliases, "copies": entry.aliases if entry.copied else ()}
             result.append(Transfer(ours=slots, theirs=theirs, op=entry.op, **names))
             continue
-        for layer, (place, index) in enumerate(_slots(config, ours[0].partition("/")[0])):
-            if entry.layers is not None and layer not in entry.layers:
-                continue
+        places = _slots(config, ours[0].partition("/")[0])
+        for layer in places if entry.layers is None else entry.layers:
+            place, index = places[layer]
             result.append(
                 Transfer(
                     ours=tuple(Slot(n.replace("/layers/", f"/{place}/"), index) for n in ours),
@@ -161,8 +170,12 @@ def _tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
 
-def _slots(config: Any, side: str) -> list[tuple[str, int]]:
-    return layer_slots(_pattern(config, side), num_layers(config, side), config.leading_blocks)
+def _slots(config: Any, side: str) -> dict[int, tuple[str, int]]:
+    """Number of each layer -> its place; modules of multi-token prediction count on."""
+    if side == "future":
+        return {config.num_layers + k: ("layers", k) for k in range(config.future_depth)}
+    slots = layer_slots(_pattern(config, side), num_layers(config, side), config.leading_blocks)
+    return dict(enumerate(slots))
 
 
 def _pattern(config: Any, side: str) -> Pattern:
@@ -177,10 +190,17 @@ def layer_blocks(config: Any, side: str) -> list[BlockConfig]:
 
 
 def dense_mlp(block: BlockConfig) -> MlpConfig:
-    """The MLP of a block; UserError where it is a mixture of experts, which a family has not."""
+    """The MLP of a block; UserError where it is a mixture of experts."""
     if isinstance(block.mlp, MlpConfig):
         return block.mlp
-    raise UserError(f"The family has no mixtures of {block.mlp.num_experts} experts")
+    raise UserError(f"a mixture of {block.mlp.num_experts} experts is no MLP")
+
+
+def heads_of(block: BlockConfig) -> AttentionConfig:
+    """The attention of a block; UserError where it is a latent one."""
+    if isinstance(block.attention, AttentionConfig):
+        return block.attention
+    raise UserError("latent attention has no key and value heads")
 
 
 def num_layers(config: Any, side: str) -> int:
@@ -224,6 +244,7 @@ class Family:
       ignored: regexes (full match) of their tensors that hold no parameter (buffers).
       renames: (regex, replacement) by `re.sub`, applied in order to the names in their files
         before they are looked up: other spellings of the same checkpoint.
+      plain: `to_config` and `entries` take models without latent attention and leading blocks only.
     """
 
     name: str
@@ -234,6 +255,7 @@ class Family:
     entries: Callable[[Any], list[Entry]]
     ignored: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
+    plain: bool = True
 
     def is_ignored(self, name: str) -> bool:
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)

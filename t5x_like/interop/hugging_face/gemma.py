@@ -14,6 +14,7 @@ from t5x_like.interop.hugging_face.adapter import (
     Entry,
     Family,
     dense_mlp,
+    heads_of,
     their_activation,
 )
 from t5x_like.interop.hugging_face.llama import (
@@ -172,7 +173,7 @@ def _json(name: str, model_type: str, config: Any) -> tuple[dict[str, Any], list
         "model_type": model_type,
         "hidden_activation": activation,
         "hidden_act": activation,
-        "attention_bias": first.attention.qkv_bias,
+        "attention_bias": heads_of(first).qkv_bias,
         "intermediate_size": dense_mlp(first).mlp_dim,
         **common_json(config, first),
         **write_rope(rope_of(first)),
@@ -185,7 +186,7 @@ def _gemma1_json(config: Any) -> dict[str, Any]:
 
 def _alternating_json(name: str, model_type: str, config: Any) -> dict[str, Any]:
     written, blocks = _json(name, model_type, config)
-    attention = blocks[0].attention
+    attention = heads_of(blocks[0])
     windows = [block.attention.window for block in blocks]
     return written | {
         "query_pre_attn_scalar": round(attention.scale**-2),

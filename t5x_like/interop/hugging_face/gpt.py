@@ -14,6 +14,7 @@ from t5x_like.interop.hugging_face.adapter import (
     Family,
     dense_mlp,
     fused,
+    heads_of,
     our_activation,
     their_activation,
 )
@@ -184,7 +185,7 @@ def _neox_to(config: Any) -> dict[str, Any]:
         "intermediate_size": dense_mlp(block).mlp_dim,
         "hidden_act": their_activation(block.mlp.activations[0]),
         "layer_norm_eps": block.norm.epsilon,
-        "attention_bias": block.attention.qkv_bias,
+        "attention_bias": heads_of(block).qkv_bias,
         "use_parallel_residual": block.residual == "parallel",
     }
 
@@ -317,7 +318,7 @@ def _falcon_from(config: ConfigJson) -> Any:
 
 def _falcon_to(config: Any) -> dict[str, Any]:
     block = only_block(config)
-    attention = block.attention
+    attention = heads_of(block)
     heads, kv_heads = attention.num_heads, attention.num_kv_heads or attention.num_heads
     # The newer decoder is parallel with any number of key and value heads, the older one has one
     # norm or is sequential, with one or all of them.

@@ -18,6 +18,7 @@ from t5x_like.interop.hugging_face.adapter import (
     Family,
     dense_mlp,
     fused,
+    heads_of,
     layer_blocks,
     our_activation,
     their_activation,
@@ -113,7 +114,7 @@ def rope_of(block: BlockConfig) -> RopeConfig:
 
 def common_json(config: DecoderOnlyConfig, block: BlockConfig) -> dict[str, Any]:
     """What every config.json of these families says."""
-    attention = block.attention
+    attention = heads_of(block)
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": block.embed_dim,
@@ -153,7 +154,7 @@ def layer_entries(block: BlockConfig, norms: Mapping[str, str]) -> list[Entry]:
 
 def attention_entries(block: BlockConfig, norms: Mapping[str, str]) -> list[Entry]:
     """What a layer has but for its MLP; `norms` is their norm by ours."""
-    attention, theirs = block.attention, "model.layers.{layer}"
+    attention, theirs = heads_of(block), "model.layers.{layer}"
     entries = [e for ours, name in norms.items() for e in norm(f"{LAYER}/{ours}", name)]
     for ours, name in QKV.items():
         place = f"{theirs}.self_attn.{name}"
@@ -309,7 +310,7 @@ def _json(name: str, config: Any) -> tuple[dict[str, Any], list[BlockConfig]]:
 
 def _llama_json(config: Any) -> dict[str, Any]:
     written, (first, *_) = _json("Llama", config)
-    biases = {"attention_bias": first.attention.qkv_bias, "mlp_bias": dense_mlp(first).use_bias}
+    biases = {"attention_bias": heads_of(first).qkv_bias, "mlp_bias": dense_mlp(first).use_bias}
     return written | biases
 
 
@@ -330,7 +331,7 @@ def _qwen_json(name: str, config: Any) -> dict[str, Any]:
         "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
     }
     if name == "Qwen3":
-        written["attention_bias"] = blocks[0].attention.qkv_bias
+        written["attention_bias"] = heads_of(blocks[0]).qkv_bias
     return written
 
 
@@ -357,7 +358,7 @@ def _entries(config: DecoderOnlyConfig) -> list[Entry]:
 
 def _phi3_entries(config: DecoderOnlyConfig) -> list[Entry]:
     block = blocks_of(config, name="Phi3")[0]
-    attention, theirs = block.attention, "model.layers.{layer}"
+    attention, theirs = heads_of(block), "model.layers.{layer}"
     counts = (attention.num_heads, *[attention.num_kv_heads or attention.num_heads] * 2)
     sizes = [heads * attention.head_dim for heads in counts]
     gate_up = tuple(f"{LAYER}/mlp/{name}/kernel" for name in ("wi_0", "wi_1"))

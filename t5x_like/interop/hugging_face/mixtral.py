@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from t5x_like.interop.hugging_face.adapter import ConfigJson, Entry, Family, their_activation
+from t5x_like.interop.hugging_face.adapter import (
+    ConfigJson,
+    Entry,
+    Family,
+    heads_of,
+    their_activation,
+)
 from t5x_like.interop.hugging_face.experts import (
     dense_layers,
     mixture_entries,
@@ -141,7 +147,7 @@ def _qwen3_moe_json(config: Any) -> dict[str, Any]:
         "norm_topk_prob": router.renormalize,
         "decoder_sparse_step": 1,
         "mlp_only_layers": list(without),
-        "attention_bias": blocks[0].attention.qkv_bias,
+        "attention_bias": heads_of(blocks[0]).qkv_bias,
         "use_sliding_window": written["sliding_window"] is not None,
     }
 

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from t5x_like.errors import UserError, did_you_mean
-from t5x_like.interop.hugging_face import bert, gemma, gpt, llama, mixtral, switch, t5
+from t5x_like.interop.hugging_face import bert, deepseek, gemma, gpt, llama, mixtral, switch, t5
 from t5x_like.interop.hugging_face.adapter import ConfigJson, Family, transfers
+from t5x_like.layers.attention import AttentionConfig
 from t5x_like.layers.moe.layer import MoeConfig
+from t5x_like.models.block import BlockConfig
 from t5x_like.models.stack import as_pattern
 
 # Of families that could say the same model, the first is written.
@@ -21,6 +23,7 @@ FAMILIES: tuple[Family, ...] = (
     *mixtral.FAMILIES,
     *gemma.FAMILIES,
     *bert.FAMILIES,
+    *deepseek.FAMILIES,
 )
 
 # Fields of our configs that change how a model is run or trained, not what it computes. Of experts
@@ -29,8 +32,8 @@ FAMILIES: tuple[Family, ...] = (
 _TRAINING_ONLY = frozenset(
     {
         *("dtype", "remat", "scan_unroll", "dropout_rate", "broadcast_dropout", "init_stddev"),
-        *("balance_loss", "z_loss", "jitter", "random_second", "expert_dropout_rate"),
-        *("dispatcher", "group_size", "prioritized"),
+        *("balance_loss", "sequence_loss", "z_loss", "bias_rate", "jitter", "random_second"),
+        *("dispatcher", "group_size", "prioritized", "expert_dropout_rate"),
     }
 )
 
@@ -87,14 +90,12 @@ def their_config(
     Raises:
       UserError: no family computes what this model does; the nearest one and the differences.
     """
-    if config.leading_blocks:
-        raise UserError(
-            f"The model has {len(config.leading_blocks)} leading_blocks, for which there is no "
-            "adapter to Hugging Face: keep it in the format of this system."
-        )
+    plain = _is_plain(config)
     first = [find_family(carried)] if carried else []
     reasons: dict[str, list[str]] = {}
     for family in (*first, *FAMILIES):
+        if family.plain and not plain:
+            continue
         try:
             written = family.to_config(config)
             found = list(differences(config, _read_back(family, written, config)))
@@ -107,17 +108,31 @@ def their_config(
     why = f" (nearest is {near}: {'; '.join(reasons[near])})" if near else ""
     raise UserError(
         "No architecture of Hugging Face that is known here computes this model"
-        f"{_experts(config)}{why}; keep it in the format of this system."
+        f"{_parts(config)}{why}; keep it in the format of this system."
     )
 
 
-def _experts(config: Any) -> str:
-    """` with mixtures of 8 experts`, of a model that has them."""
-    patterns = (config.block, getattr(config, "encoder_block", None) or config.block)
-    for block in (block for pattern in patterns for block in as_pattern(pattern)):
-        if isinstance(block.mlp, MoeConfig):
-            return f" with mixtures of {block.mlp.num_experts} experts"
-    return ""
+def _blocks(config: Any) -> list[BlockConfig]:
+    sides = (config.block, getattr(config, "encoder_block", None) or config.block)
+    return [block for pattern in sides for block in as_pattern(pattern)]
+
+
+def _is_plain(config: Any) -> bool:
+    """Whether `Family.plain` adapters can take it."""
+    heads = all(isinstance(block.attention, AttentionConfig) for block in _blocks(config))
+    return heads and not config.leading_blocks
+
+
+def _parts(config: Any) -> str:
+    """` with ...`, of a model with experts or leading blocks."""
+    found = [
+        f"mixtures of {block.mlp.num_experts} experts"
+        for block in _blocks(config)
+        if isinstance(block.mlp, MoeConfig)
+    ][:1]
+    if config.leading_blocks:
+        found.append(f"{len(config.leading_blocks)} leading_blocks")
+    return f" with {' and '.join(found)}" if found else ""
 
 
 def _merge(

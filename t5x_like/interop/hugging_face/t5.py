@@ -12,6 +12,7 @@ from t5x_like.interop.hugging_face.adapter import (
     Entry,
     Family,
     dense_mlp,
+    heads_of,
     our_activation,
     their_activation,
 )
@@ -96,7 +97,7 @@ def _long_block(config: ConfigJson, block: BlockConfig) -> BlockConfig:
         )
     has_blocks = attention_type == "transient-global"
     attention = dataclasses.replace(
-        block.attention,
+        heads_of(block),
         window=config.get("local_radius", 127) + 1,
         global_block_size=config.get("global_block_size", 16) if has_blocks else None,
     )
