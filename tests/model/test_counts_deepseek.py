@@ -60,7 +60,7 @@ def test_counts(resolve, name):
 def test_multi_token_prediction(resolve):
     """The 685B of the files, which have copies of the embedding table and the output kernel, too.
 
-    Of the module README_WEIGHTS.md there says 11.5B, its block alone; with the projection 11.61B.
+    Of the module README_WEIGHTS.md says 11.5B, which is its block; 11.61B with the projection.
     """
     config = resolve("deepseek_v3/v3")
     with_module = ModelDef(dataclasses.replace(config, future_depth=1)).num_params

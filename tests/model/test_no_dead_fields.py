@@ -14,6 +14,7 @@ import pytest
 
 from t5x_like.errors import UserError
 from t5x_like.layers.attention import AttentionConfig
+from t5x_like.layers.latent_attention import LatentAttentionConfig
 from t5x_like.layers.mlp import MlpConfig
 from t5x_like.layers.norms import NormConfig
 from t5x_like.layers.positions import (
@@ -70,6 +71,18 @@ def with_positions(positions: Any) -> DecoderOnlyConfig:
     attention = dataclasses.replace(BLOCK.attention, positions=positions)
     block = dataclasses.replace(BLOCK, attention=attention)
     return dataclasses.replace(DECODER, block=block, positions=None)
+
+
+YARN = YarnScaling(factor=2.0, original_length=1000)
+LATENT = LatentAttentionConfig(
+    num_heads=4,
+    head_dim=8,
+    rotary_dim=4,
+    value_dim=8,
+    latent_dim=8,
+    positions=RopeConfig(scaling=YARN),
+    mscale=0.5,
+)
 
 
 # config, path of attributes to the dataclass, and another value for each of its fields
@@ -154,6 +167,23 @@ CASES: list[tuple[Any, str, dict[str, Any]]] = [
             "softcap": 5.0,
             "window": 3,
             "sinks": True,
+        },
+    ),
+    (
+        dataclasses.replace(
+            DECODER, block=dataclasses.replace(BLOCK, attention=LATENT), positions=None
+        ),
+        "block.attention",
+        {
+            "num_heads": 2,
+            "head_dim": 4,
+            "rotary_dim": 8,
+            "value_dim": 4,
+            "latent_dim": 4,
+            "query_dim": 4,
+            "positions": RopeConfig(theta=100.0, scaling=YARN),
+            "mscale": 1.0,
+            "norm": NormConfig(epsilon=1e-3),
         },
     ),
     (with_positions(RopeConfig()), "block", {"residual": "parallel"}),
