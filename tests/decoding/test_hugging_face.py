@@ -31,8 +31,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 40,
     },
+    "Mixtral": {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_local_experts": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 40,
+    },
 }  # fmt: skip
-HEADS = {"T5": "T5ForConditionalGeneration", "GPT2": "GPT2LMHeadModel", "Llama": "LlamaForCausalLM"}
+HEADS = {
+    "T5": "T5ForConditionalGeneration",
+    "GPT2": "GPT2LMHeadModel",
+    "Llama": "LlamaForCausalLM",
+    "Mixtral": "MixtralForCausalLM",
+}
 LENGTHS = np.array([7, 1, 4, 9, 5])
 
 
@@ -112,7 +121,10 @@ class Pair:
         return tokens.reshape(BATCH, -1, NEW), getattr(out, "sequences_scores", None)
 
 
-@pytest.fixture(scope="module", params=[(f, s) for f in CONFIGS for s in (0, 1, 2)], ids=str)
+DENSE = [(f, s) for f in CONFIGS if f != "Mixtral" for s in (0, 1, 2)]
+
+
+@pytest.fixture(scope="module", params=[*DENSE, ("Mixtral", 0)], ids=str)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return Pair(*request.param, tmp_path_factory.mktemp("model"))
 
@@ -124,6 +136,7 @@ def test_greedy(pair: Pair):
     assert len(np.unique(tokens)) > 8  # not one token over and over
 
 
+@pytest.mark.parametrize("pair", DENSE, indirect=True, ids=str)
 def test_repetition_penalty(pair: Pair):
     # Theirs takes the padding of a prompt for a token that was seen.
     lengths = np.full(BATCH, LENGTHS.max())
@@ -134,7 +147,12 @@ def test_repetition_penalty(pair: Pair):
 
 
 # Penalty and end tokens; with several of these the search must look at more candidates.
-SEARCHES = {"T5": (1.0, (EOS,)), "GPT2": (0.5, (EOS,)), "Llama": (2.0, (EOS, 5, 7, 11, 30))}
+SEARCHES = {
+    "T5": (1.0, (EOS,)),
+    "GPT2": (0.5, (EOS,)),
+    "Llama": (2.0, (EOS, 5, 7, 11, 30)),
+    "Mixtral": (1.0, (EOS,)),
+}
 
 
 def test_beam_search(pair: Pair):

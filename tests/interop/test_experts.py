@@ -44,10 +44,9 @@ QWEN = {
 }  # fmt: skip
 # Name -> (class, what differs from SMALL).
 DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "mixtral": ("Mixtral", {"num_local_experts": 4}),
-    "mixtral_window_tied": (
+    "mixtral": (
         "Mixtral",
-        {"num_local_experts": 3, "sliding_window": 7, "tie_word_embeddings": True},
+        {"num_local_experts": 4, "sliding_window": 7, "tie_word_embeddings": True},
     ),
     "qwen3_moe": ("Qwen3Moe", {**QWEN, "norm_topk_prob": True}),
     "qwen3_moe_dense_layers": (

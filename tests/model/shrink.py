@@ -18,7 +18,7 @@ WINDOW = 3
 
 
 def shrunk(config: Any) -> Any:
-    """`config` with few, narrow layers: a whole pattern and one layer more."""
+    """`config` with few, narrow layers: a whole pattern and, but in two stacks, one layer more."""
     values: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "dtype": "float32", "remat": "none"}
     for name in ("block", "encoder_block", "leading_blocks"):
         blocks = getattr(config, name, None)
@@ -27,7 +27,9 @@ def shrunk(config: Any) -> Any:
             values[name] = small if isinstance(blocks, tuple) else small[0]
     for name in ("num_layers", "num_encoder_layers", "num_decoder_layers"):
         if hasattr(config, name):
-            values[name] = len(config.leading_blocks) + len(as_pattern(config.block)) + 1
+            period = len(as_pattern(config.block))
+            layers = period + (name == "num_layers" or period == 1)
+            values[name] = len(config.leading_blocks) + layers
     if isinstance(config.positions, LearnedPositionsConfig):
         values["positions"] = dataclasses.replace(config.positions, max_length=32)
     return dataclasses.replace(config, **values)
