@@ -122,12 +122,6 @@ def _expand(match: re.Match[str], replacement: str) -> str:
         ) from error
 
 
-def merge_trees(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the leaves of `over`, which has some of its paths."""
-    flat = traverse_util.flatten_dict(dict(base)) | traverse_util.flatten_dict(dict(over))
-    return traverse_util.unflatten_dict(flat)
-
-
 def _sources(path: str | epath.Path, infos: Mapping[str, Any]) -> Mapping[str, Source]:
     """All parameters of a checkpoint by our names; nothing is read yet."""
     step_dir = own.find_own_checkpoint(path)

@@ -20,7 +20,7 @@ from t5x_like.errors import UserError
 from t5x_like.evaluation.inference_eval import Evaluator, task_subjects
 from t5x_like.evaluation.predictor import Predictor, is_prefix_lm
 from t5x_like.evaluation.teacher_forced import evaluate
-from t5x_like.interop.assigned import load_assigned, merge_trees
+from t5x_like.interop.assigned import load_assigned
 from t5x_like.interop.initial import (
     find_own_checkpoint,
     initial_step,
@@ -29,7 +29,7 @@ from t5x_like.interop.initial import (
 from t5x_like.layers.moe.layer import Moe
 from t5x_like.parallel import multihost
 from t5x_like.training import hooks, model_info
-from t5x_like.training.checkpoints import Checkpointer, run_metadata
+from t5x_like.training.checkpoints import Checkpointer, flatten, run_metadata
 from t5x_like.training.loop import Hook, Stop, train_loop
 from t5x_like.training.metrics import MetricWriter, read_scalars
 from t5x_like.training.progress import Progress
@@ -60,7 +60,7 @@ def execute(run: TrainRun, *, gin: str) -> int:
             check_readable(eval_data)
     generative = _open_inference_eval(built)
     resumes = find_own_checkpoint(Path(run.model_dir).expanduser()) is not None
-    initial = None if resumes else first_state(built)
+    initial = None if resumes else load_initial(built)
     model_dir = writable_directory(run.model_dir)
     checkpointer = Checkpointer(model_dir, run.checkpoints)
     with contextlib.ExitStack() as stack:
@@ -113,30 +113,24 @@ def check_readable(data: BatchIterator) -> None:
     data.set_state(start)
 
 
-def first_state(built: Built) -> tuple[TrainState, int]:
-    """The state that a run begins with, and its step: fresh, or with INITIAL_CHECKPOINT_PATH's
-    parameters as `interop.initial` reads them; with an assignment map, those that it takes."""
-    run, shardings = built.run, jax.tree.map(lambda leaf: leaf.sharding, built.abstract_state)
-    path, param_info = run.initial_checkpoint_path, built.model_def.param_info
-    params: Any = {}
-    if path and run.assignment_map is not None:
-        assignments: Any = run.assignment_map
-        params = load_assigned(
-            path, param_info, assignment_map=assignments, shardings=shardings.params
-        )
-    elif path and not run.upcycle:
-        params = load_initial_params(path, param_info, shardings=shardings.params, config=run.model)
-    key = jax.random.key(run.random_seed)
-    state = init_state(built.model_def, built.optimizer, built.mesh, run.rules, key)
-    if run.upcycle:
-        state = upcycled(built, state)
+def load_initial(built: Built) -> tuple[int, dict[str, Any]] | None:
+    """Step of INITIAL_CHECKPOINT_PATH, and what the state takes from there, by name, if any.
+
+    Its parameters as `interop.initial` reads them; with an assignment map, those that it takes;
+    with `upcycle`, what the dense model has to give.
+    """
+    run, param_info = built.run, built.model_def.param_info
+    path, assignments = run.initial_checkpoint_path, run.assignment_map
     if not path:
-        return state, 0
-    number = np.int32(initial_step(path))
-    # Not by device_put, whose result in a job of several processes cannot be saved.
-    step = jax.make_array_from_callback((), shardings.step, lambda _: number)
-    params = merge_trees(state.params, params)
-    return dataclasses.replace(state, step=step, params=params), int(number)
+        return None
+    if run.upcycle:
+        return initial_step(path), upcycled(built)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, built.abstract_state.params)
+    if assignments is None:
+        params = load_initial_params(path, param_info, shardings=shardings, config=run.model)
+    else:
+        params = load_assigned(path, param_info, assignment_map=assignments, shardings=shardings)
+    return initial_step(path), {f"params/{name}": x for name, x in flatten(params).items()}
 
 
 def _open_inference_eval(built: Built) -> tuple[Predictor, Any] | None:
@@ -199,8 +193,8 @@ class _Session:
         self.leader = jax.process_index() == 0
         self.progress = Progress() if self.leader else None
 
-    def train(self, initial: tuple[TrainState, int] | None) -> int:
-        """Trains from the latest checkpoint, else from the `initial` state and step."""
+    def train(self, initial: tuple[int, dict[str, Any]] | None) -> int:
+        """Trains from the latest checkpoint, else from the `initial` step and arrays."""
         start = time.perf_counter()
         state, first_step = self._first_state(initial)
         total_steps = self._total_steps()
@@ -231,14 +225,24 @@ class _Session:
         if self.progress:
             self.progress.note(text)
 
-    def _first_state(self, initial: tuple[TrainState, int] | None) -> tuple[TrainState, int]:
-        """The state to start from and its step: the latest checkpoint, else the initial one."""
+    def _first_state(self, initial: tuple[int, dict[str, Any]] | None) -> tuple[TrainState, int]:
+        """The state to start from and its step: the latest checkpoint, else from scratch."""
         latest = self.checkpointer.latest_step()
         if latest is not None:
             state, self.metadata = self.checkpointer.restore(self.built.abstract_state, step=latest)
             self.checkpointer.restore_data(self.data, step=latest)
             return state, latest
-        state, step = initial or first_state(self.built)
+        key = jax.random.key(self.run.random_seed)
+        built, run = self.built, self.run
+        state, step = init_state(built.model_def, built.optimizer, built.mesh, run.rules, key), 0
+        if initial is not None:
+            step, given = initial
+            # Not by device_put, whose result in a job of several processes cannot be saved.
+            number, sharding = np.int32(step), built.abstract_state.step.sharding
+            given |= {"step": jax.make_array_from_callback((), sharding, lambda _: number)}
+            leaves, structure = jax.tree.flatten(state)
+            taken = [given.get(name, x) for name, x in zip(flatten(state), leaves, strict=True)]
+            state = jax.tree.unflatten(structure, taken)
         self.metadata = run_metadata(
             gin=self.gin,
             vocabularies={

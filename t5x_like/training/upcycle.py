@@ -30,17 +30,20 @@ from t5x_like.models.stack import Pattern, as_pattern, layer_slots
 from t5x_like.parallel.logical import param_shardings
 from t5x_like.training.checkpoints import flatten
 from t5x_like.training.run import Built, optimizer_of
-from t5x_like.training.state import TrainState, state_shapes, state_shardings
+from t5x_like.training.state import state_shapes, state_shardings
 
 _LAYER = re.compile(r"(.*\b|)(encoder|decoder)/(layers|leading/block_\d+|group_\d+/block_\d+)/(.*)")
 
 
-def upcycled(built: Built, fresh: TrainState) -> TrainState:
-    """`fresh` with what INITIAL_CHECKPOINT_PATH, of the dense twin of its model, has to give.
+def upcycled(built: Built) -> dict[str, jax.Array]:
+    """What INITIAL_CHECKPOINT_PATH, of the dense twin of the model, has to give to the train state.
 
     Args:
       built: of a run with `upcycle`: "params" takes the parameters, from a checkpoint of any kind;
         "state" the optimizer's state too, from one of ours that the same optimizer wrote.
+
+    Returns:
+      Arrays by their name in the state, laid out as there.
 
     Raises:
       UserError: the model has no experts, the checkpoint is not of its dense twin or has no
@@ -67,10 +70,7 @@ def upcycled(built: Built, fresh: TrainState) -> TrainState:
             state_shardings(dense_def, optimizer, built.mesh, run.rules).opt_state,
         )
         dense |= {f"opt_state/{n}": x for n, x in flatten(_load_opt_state(path, wanted)).items()}
-    given = _copies(flatten(fresh), dense, config=config, twin=twin)
-    leaves, structure = jax.tree.flatten(fresh)
-    taken = [given.get(name, leaf) for name, leaf in zip(flatten(fresh), leaves, strict=True)]
-    return jax.tree.unflatten(structure, taken)
+    return _copies(flatten(built.abstract_state), dense, config=config, twin=twin)
 
 
 def dense_twin(config: Any) -> Any:
@@ -111,20 +111,20 @@ def _slots(config: Any) -> dict[tuple[str, str, int], tuple[str, int]]:
 
 
 def _copies(
-    fresh: Mapping[str, Any], dense: Mapping[str, jax.Array], *, config: Any, twin: Any
+    wanted: Mapping[str, Any], dense: Mapping[str, jax.Array], *, config: Any, twin: Any
 ) -> dict[str, jax.Array]:
-    """By name, the arrays of `fresh` that the dense state has something for."""
+    """By name, the arrays of `wanted` that the dense state has something for."""
     layer_of = _slots(config)
     slot_of = {layer: slot for slot, layer in _slots(twin).items()}
     given = {}
-    for name, leaf in fresh.items():
+    for name, leaf in wanted.items():
         found = _LAYER.fullmatch(name)
         if not found:
             if name in dense:
                 given[name] = _placed(dense[name], leaf, name=name)
             continue
         before, stack, path, rest = found.groups()
-        slots = [slot_of[layer_of[stack, path, i]] for i in range(len(leaf))]
+        slots = [slot_of[layer_of[stack, path, i]] for i in range(leaf.shape[0])]
         source = f"{before}{stack}/{slots[0][1]}/{rest.replace('mlp/experts/', 'mlp/', 1)}"
         if source in dense:
             rows = np.array([index for _, _, index in slots])
@@ -135,7 +135,7 @@ def _copies(
 
 def _placed(
     dense: jax.Array,
-    leaf: jax.Array,
+    leaf: jax.ShapeDtypeStruct,
     *,
     rows: np.ndarray | None = None,
     experts: bool = False,

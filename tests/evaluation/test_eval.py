@@ -142,4 +142,4 @@ def test_a_file_without_a_good_line(model_dir, evaluate, tmp_path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text("[]\n")
     code, _, line = evaluate(model_dir, f"--input={path}", "--metrics=['squad']")
-    assert code == 2 and "no line that can be evaluated" in line and f"{path}:1" in line
+    assert code == 2 and "nothing that can be evaluated" in line and f"{path}:1" in line

@@ -18,16 +18,17 @@ WINDOW = 3
 
 
 def shrunk(config: Any) -> Any:
-    """`config` with few, narrow layers: a whole pattern and, but in two stacks, one layer more."""
+    """`config` with few, narrow layers: each block of a pattern once and, but in two stacks, one
+    layer more."""
     values: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "dtype": "float32", "remat": "none"}
     for name in ("block", "encoder_block", "leading_blocks"):
         blocks = getattr(config, name, None)
         if blocks:
-            small = tuple(_block(block) for block in as_pattern(blocks))
+            small = tuple(dict.fromkeys(_block(block) for block in as_pattern(blocks)))
             values[name] = small if isinstance(blocks, tuple) else small[0]
     for name in ("num_layers", "num_encoder_layers", "num_decoder_layers"):
         if hasattr(config, name):
-            period = len(as_pattern(config.block))
+            period = len(as_pattern(values["block"]))
             layers = period + (name == "num_layers" or period == 1)
             values[name] = len(config.leading_blocks) + layers
     if isinstance(config.positions, LearnedPositionsConfig):

@@ -229,7 +229,7 @@ def test_a_pattern_runs_its_layers_in_order(num_layers):
             for name in path.split("/"):
                 block = getattr(block, name)
             block = jax.tree.map(lambda p, i=index: p[i], block)
-            x = block(x, mask=mask, dropout_key=jax.random.fold_in(keys[1], layer))
+            x, _ = block(x, mask=mask, dropout_key=jax.random.fold_in(keys[1], layer))
         x = dropout(stack.decoder_norm(x), rate=0.1, key=keys[2], broadcast_dims=(-2,))
         return module.to_logits(x)
 
