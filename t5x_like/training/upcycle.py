@@ -70,7 +70,7 @@ def upcycled(built: Built) -> dict[str, jax.Array]:
             state_shardings(dense_def, optimizer, built.mesh, run.rules).opt_state,
         )
         dense |= {f"opt_state/{n}": x for n, x in flatten(_load_opt_state(path, wanted)).items()}
-    return _copies(flatten(built.abstract_state), dense, config=config, twin=twin)
+    return copies(flatten(built.abstract_state), dense, config=config, twin=twin)
 
 
 def dense_twin(config: Any) -> Any:
@@ -82,7 +82,10 @@ def dense_twin(config: Any) -> Any:
 
     def pattern(block: Pattern) -> Pattern:
         blocks = tuple(dense(b) for b in as_pattern(block))
-        return blocks[0] if len(set(blocks)) == 1 else blocks
+        # Without experts, a pattern may repeat a shorter one.
+        lengths = (n for n in range(1, len(blocks) + 1) if len(blocks) % n == 0)
+        period = next(n for n in lengths if blocks == blocks[:n] * (len(blocks) // n))
+        return blocks[0] if period == 1 else blocks[:period]
 
     changed: dict[str, Any] = {"block": pattern(config.block)}
     leading = tuple(dense(b) for b in config.leading_blocks)
@@ -110,10 +113,16 @@ def _slots(config: Any) -> dict[tuple[str, str, int], tuple[str, int]]:
     return found
 
 
-def _copies(
+def copies(
     wanted: Mapping[str, Any], dense: Mapping[str, jax.Array], *, config: Any, twin: Any
 ) -> dict[str, jax.Array]:
-    """By name, the arrays of `wanted` that the dense state has something for."""
+    """By name, the arrays of `wanted` that the dense state has something for.
+
+    Args:
+      wanted: shape, dtype and sharding by name, of parameters or of a whole state.
+      dense: arrays of the same part of the dense state.
+      config, twin: of the two models.
+    """
     layer_of = _slots(config)
     slot_of = {layer: slot for slot, layer in _slots(twin).items()}
     given = {}

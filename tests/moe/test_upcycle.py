@@ -5,21 +5,33 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+import numpy as np
+import pytest
+
 from t5x_like.layers.attention import AttentionConfig
 from t5x_like.layers.mlp import MlpConfig
 from t5x_like.layers.moe.layer import MoeConfig
 from t5x_like.layers.moe.routers import TopKRouter
+from t5x_like.models.base import ModelDef
 from t5x_like.models.block import BlockConfig
 from t5x_like.models.decoder_only import DecoderOnlyConfig
 from t5x_like.models.encoder_decoder import EncoderDecoderConfig
-from t5x_like.training.upcycle import dense_twin
+from t5x_like.training.checkpoints import flatten
+from t5x_like.training.upcycle import copies, dense_twin
 
 DENSE = BlockConfig(
     embed_dim=8, attention=AttentionConfig(num_heads=2, head_dim=4), mlp=MlpConfig(mlp_dim=16)
 )
 SPARSE = dataclasses.replace(
-    DENSE, mlp=MoeConfig(num_experts=4, expert=DENSE.mlp, router=TopKRouter(k=2))
+    DENSE, mlp=MoeConfig(num_experts=4, expert=DENSE.mlp, router=TopKRouter(k=2, renormalize=True))
 )
+
+LOCAL, LOCAL_SPARSE = (
+    dataclasses.replace(b, attention=dataclasses.replace(b.attention, window=4))
+    for b in (DENSE, SPARSE)
+)
+FOUR = (LOCAL, DENSE, LOCAL_SPARSE, SPARSE)
 
 
 def decoder(**settings: Any) -> DecoderOnlyConfig:
@@ -34,6 +46,7 @@ def test_dense_twin():
     assert dense_twin(decoder(block=SPARSE, leading_blocks=(wide,))) == decoder(
         block=DENSE, leading_blocks=(wide,)
     )
+    assert dense_twin(decoder(block=FOUR)) == decoder(block=(FOUR[0], DENSE))
     both = EncoderDecoderConfig(
         vocab_size=32,
         num_encoder_layers=2,
@@ -43,3 +56,32 @@ def test_dense_twin():
     )
     twin = dense_twin(both)
     assert (twin.block, twin.encoder_block) == (DENSE, None)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"block": (DENSE, SPARSE), "num_layers": 5},
+        {"block": SPARSE, "leading_blocks": (DENSE,)},
+        {"block": FOUR, "num_layers": 7},
+    ],
+    ids=["every other", "all but the first", "a longer pattern"],
+)
+def test_copies_go_to_their_layers(settings):
+    """With weights that add up to one the model is the dense one, to 1e-5 of the largest logit."""
+    config = decoder(**settings)
+    dense, sparse = ModelDef(dense_twin(config)), ModelDef(config)
+    theirs, fresh = (jax.jit(m.init)(jax.random.key(i)) for i, m in enumerate((dense, sparse)))
+    wanted = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        for name, x in flatten(fresh).items()
+    }
+    given = copies(wanted, flatten(theirs), config=config, twin=dense.config)
+    assert all("/mlp/router/" in name for name in wanted.keys() - given.keys())
+    leaves = [given.get(name, x) for name, x in flatten(fresh).items()]
+    params = jax.tree.unflatten(jax.tree.structure(fresh), leaves)
+    tokens = np.random.default_rng(0).integers(1, 32, (2, 9))
+    batch = {"decoder_input_tokens": tokens, "decoder_target_tokens": tokens}
+    expected = np.asarray(dense.bind(theirs)(batch))
+    bound = 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(sparse.bind(params)(batch), expected, rtol=0, atol=bound)
