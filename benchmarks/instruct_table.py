@@ -34,6 +34,18 @@ def answers(run: Path) -> dict[str, list[tuple[str, str]]]:
     return found
 
 
+def last_step(run: Path) -> int:
+    """Of the evaluations of a run; SystemExit if it stopped amid one or has none."""
+    found = [
+        [int(path.stem) for path in directory.glob("[0-9]*.jsonl")]
+        for directory in (run / "inference_eval").glob(f"embedded_*{_SUFFIX}")
+    ]
+    steps = {max(of_task) for of_task in found if of_task}  # A mixture has none of its own.
+    if len(steps) != 1:
+        raise SystemExit(f"{run}: its last evaluations are of steps {sorted(steps)}; let it end")
+    return steps.pop()
+
+
 def exact(pairs: list[tuple[str, str]]) -> float:
     return 100 * sum(target == prediction for target, prediction in pairs) / len(pairs)
 
@@ -52,6 +64,10 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def table(groups: dict[str, list[Path]]) -> dict[str, dict[str, Any]]:
     """A row for every task, and one for the mean of the trained and of the held-out tasks."""
+    for name, runs in groups.items():
+        steps = {str(run): last_step(run) for run in runs}
+        if len(set(steps.values())) > 1:
+            raise SystemExit(f"The runs of {name} ended at different steps: {steps}")
     read = {name: [answers(run) for run in runs] for name, runs in groups.items()}
     first = next(iter(read.values()))[0]
     rows: dict[str, dict[str, Any]] = {}
