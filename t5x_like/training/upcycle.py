@@ -127,17 +127,14 @@ def copies(
     slot_of = {layer: slot for slot, layer in _slots(twin).items()}
     given = {}
     for name, leaf in wanted.items():
-        found = _LAYER.fullmatch(name)
-        if not found:
-            if name in dense:
-                given[name] = _placed(dense[name], leaf, name=name)
-            continue
-        before, stack, path, rest = found.groups()
-        slots = [slot_of[layer_of[stack, path, i]] for i in range(leaf.shape[0])]
-        source = f"{before}{stack}/{slots[0][1]}/{rest.replace('mlp/experts/', 'mlp/', 1)}"
-        if source in dense:
+        source, rows = name.replace("/mlp/experts/", "/mlp/", 1), None
+        if found := _LAYER.fullmatch(source):
+            before, stack, path, rest = found.groups()
+            slots = [slot_of[layer_of[stack, path, i]] for i in range(leaf.shape[0])]
+            source = f"{before}{stack}/{slots[0][1]}/{rest}"
             rows = np.array([index for _, _, index in slots])
-            experts = "mlp/experts/" in rest
+        if source in dense:
+            experts = "/mlp/experts/" in name
             given[name] = _placed(dense[source], leaf, rows=rows, experts=experts, name=name)
     return given
 
@@ -146,8 +143,8 @@ def _placed(
     dense: jax.Array,
     leaf: jax.ShapeDtypeStruct,
     *,
-    rows: np.ndarray | None = None,
-    experts: bool = False,
+    rows: np.ndarray | None,
+    experts: bool,
     name: str,
 ) -> jax.Array:
     """`rows` of the dense array, for each expert, where and as `leaf` is."""

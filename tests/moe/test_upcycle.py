@@ -73,8 +73,9 @@ def test_dense_twin():
         {"block": (DENSE, SPARSE), "num_layers": 5},
         {"block": SPARSE, "leading_blocks": (DENSE,)},
         {"block": FOUR, "num_layers": 7},
+        {"block": SPARSE, "future_depth": 1},
     ],
-    ids=["every other", "all but the first", "a longer pattern"],
+    ids=["every other", "all but the first", "a longer pattern", "multi-token prediction"],
 )
 def test_copies_go_to_their_layers(settings):
     """With weights that add up to one the model is the dense one, to 1e-5 of the largest logit."""
